@@ -6,7 +6,7 @@
 __all__ = ['SPLITS', 'FACES', 'GLYPHS_SHA256', 'DATA_SETS', 'check_table', 'read_image', 'ImageData', 'transform', 'ImageSet',
            'hold_out_classes', 'load_digits', 'letters', 'draw_glyph', 'cache_folder', 'load_glyphs', 'load_data']
 
-# %% ../nbs/00_data.ipynb #e0731353
+# %% ../nbs/00_data.ipynb #b65d6add
 import hashlib
 import importlib.util
 import os
@@ -23,7 +23,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .files import load_tensors, save_tensors
 
@@ -216,8 +216,8 @@ def draw_glyph(
     noise = rng.integers(-12, 13, (2, size, size, 3)).sum(axis=0)
     return ((colours[0] * alpha + colours[1] * (255 - alpha) + 127) // 255 + noise).clip(0, 255).astype(np.uint8)
 
-# %% ../nbs/00_data.ipynb #417b4e28
-GLYPHS_SHA256 = "@@"  # the fingerprint with the locked versions on x86-64
+# %% ../nbs/00_data.ipynb #55e0cdda
+GLYPHS_SHA256 = "fa99c099b72107290ac62e81cc6471fdae54daded735af2f3928e0a090946b10"  # the fingerprint with the locked versions on x86-64
 
 
 def cache_folder() -> Path:

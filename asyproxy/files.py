@@ -33,7 +33,7 @@ def write_atomically(
     finally:
         temporary.unlink(missing_ok=True)
 
-# %% ../nbs/00a_files.ipynb #db2c341e
+# %% ../nbs/00a_files.ipynb #12791e4a
 def save_tensors(
     path: str | Path,
     tensors: dict[str, torch.Tensor],
@@ -41,7 +41,7 @@ def save_tensors(
 ):
     "Writes tensors and metadata to a safetensors file, in one step, with a hash of both."
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
-    header = {"metadata": json.dumps(metadata or {}, sort_keys=True)}
+    header = {"metadata": json.dumps(metadata or {})}
     header["sha256"] = _hash(tensors, header["metadata"])
     with write_atomically(path) as temporary:
         temporary.write_bytes(save(tensors, header))
