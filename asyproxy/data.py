@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'FACES', 'GLYPHS_SHA256', 'DATA_SETS', 'check_table', 'read_image', 'ImageData', 'transform', 'ImageSet',
-           'hold_out_classes', 'load_digits', 'letters', 'draw_glyph', 'cache_folder', 'load_glyphs', 'load_data']
+           'test_sets', 'hold_out_classes', 'load_digits', 'letters', 'draw_glyph', 'cache_folder', 'load_glyphs',
+           'load_data']
 
-# %% ../nbs/00_data.ipynb #b65d6add
+# %% ../nbs/00_data.ipynb #823934f5
 import hashlib
 import importlib.util
 import os
@@ -21,6 +22,7 @@ import pandas as pd
 import PIL
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, features
+from torch import nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -67,7 +69,7 @@ def read_image(
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
-# %% ../nbs/00_data.ipynb #ebf37b1b
+# %% ../nbs/00_data.ipynb #84c43503
 @dataclass(frozen=True)
 class ImageData:
     "Images as a table; `pixels[row]` where they are embedded, files below `root` where not."
@@ -83,11 +85,14 @@ class ImageData:
     def __post_init__(self):
         check_table(self.table)
 
-    def read(self, row: int) -> torch.Tensor:
-        "The image of a row of the table, uint8 (3, H, W)."
+    def read(
+        self,
+        image: int | str,  # an entry of the table's column image
+    ) -> torch.Tensor:  # (3, H, W), uint8
+        "The pixels of an image."
         if self.pixels is not None:
-            return torch.from_numpy(self.pixels[self.table["image"].iat[row]]).permute(2, 0, 1)
-        return read_image(Path(self.root or "", self.table["image"].iat[row]))
+            return torch.from_numpy(self.pixels[image]).permute(2, 0, 1)
+        return read_image(Path(self.root or "", image))
 
     def fingerprint(self) -> dict:
         "Counts of images and classes per split, and one SHA-256 over the table and embedded pixels."
@@ -97,20 +102,22 @@ class ImageData:
         counts = {s: {"images": len(g), "classes": g["label"].nunique()} for s, g in self.table.groupby("split")}
         return {**counts, "sha256": digest.hexdigest()}
 
-# %% ../nbs/00_data.ipynb #3f3ff9f8
+# %% ../nbs/00_data.ipynb #a7781aae
 def transform(
     data: ImageData,
     *,
     train: bool,  # random crop and flip, or the fixed view of the test
 ):
     "What is done to an image of `data` (uint8, 3 x H x W) before the model sees it."
-    size = data.image_size
-    if not train:
-        return v2.Compose([v2.Resize(data.test_resize, antialias=True), v2.CenterCrop(size)])
-    crop = v2.Identity() if data.crop_scale is None else v2.RandomResizedCrop(size, scale=data.crop_scale, antialias=True)
-    return v2.Compose([crop, v2.RandomHorizontalFlip() if data.flips else v2.Identity()])
+    size, steps = data.image_size, []
+    if train:
+        steps += [v2.RandomResizedCrop(size, scale=data.crop_scale, antialias=True)] if data.crop_scale else []
+        steps += [v2.RandomHorizontalFlip()] if data.flips else []
+    elif data.pixels is None or data.pixels.shape[1:3] != (size, size):
+        steps += [v2.Resize(data.test_resize, antialias=True), v2.CenterCrop(size)]
+    return v2.Compose(steps) if steps else nn.Identity()
 
-# %% ../nbs/00_data.ipynb #d92688e6
+# %% ../nbs/00_data.ipynb #a7b0b8f0
 class ImageSet(Dataset):
     "The chosen rows of a data set as (uint8 image, class index); `classes[index]` is the label in the table."
 
@@ -120,6 +127,7 @@ class ImageSet(Dataset):
         rows: str | np.ndarray,  # a split, or a boolean mask over the table
         *,
         train: bool = False,  # which transform
+        classes: np.ndarray | None = None,  # sorted labels that the class indices count; None: those of the rows
     ):
         if isinstance(rows, str):
             if rows not in set(data.table["split"]):
@@ -128,13 +136,26 @@ class ImageSet(Dataset):
         self.data, self.rows, self.transform = data, np.flatnonzero(rows), transform(data, train=train)
         if not len(self.rows):
             raise ValueError(f"expected at least one image of {data.name}, got no rows")
-        self.classes, self.targets = np.unique(data.table["label"].to_numpy()[self.rows], return_inverse=True)
+        self.images, labels = (data.table[column].to_numpy()[self.rows] for column in ("image", "label"))
+        self.classes = np.unique(labels) if classes is None else classes
+        self.targets = np.searchsorted(self.classes, labels)
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, index):
-        return self.transform(self.data.read(self.rows[index])), int(self.targets[index])
+        return self.transform(self.data.read(self.images[index])), int(self.targets[index])
+
+# %% ../nbs/00_data.ipynb #67bede13
+def test_sets(
+    data: ImageData,
+) -> tuple[ImageSet, ImageSet | None]:  # queries, and the gallery they search; None: every query searches the others
+    "The images of the test with one numbering of classes. Raises ValueError where the table has none."
+    splits = set(data.table["split"])
+    if {"query", "gallery"} <= splits:
+        labels = np.unique(data.table.loc[data.table["split"] != "train", "label"])
+        return ImageSet(data, "query", classes=labels), ImageSet(data, "gallery", classes=labels)
+    return ImageSet(data, "test"), None
 
 # %% ../nbs/00_data.ipynb #50ccfd40
 def hold_out_classes(
@@ -155,8 +176,10 @@ def hold_out_classes(
     validation = train & data.table["label"].isin(held).to_numpy()
     return train & ~validation, validation
 
-# %% ../nbs/00_data.ipynb #12f89f9e
-def load_digits() -> ImageData:
+# %% ../nbs/00_data.ipynb #03e69058
+def load_digits(
+    data_path: str | Path = "",  # not needed: a package carries them
+) -> ImageData:
     "Handwritten digits, 8 x 8 (Alpaydin and Kaynak, 1998): 0-6 train, 7-9 test."
     from sklearn.datasets import load_digits
 
@@ -216,7 +239,7 @@ def draw_glyph(
     noise = rng.integers(-12, 13, (2, size, size, 3)).sum(axis=0)
     return ((colours[0] * alpha + colours[1] * (255 - alpha) + 127) // 255 + noise).clip(0, 255).astype(np.uint8)
 
-# %% ../nbs/00_data.ipynb #55e0cdda
+# %% ../nbs/00_data.ipynb #570c8961
 GLYPHS_SHA256 = "fa99c099b72107290ac62e81cc6471fdae54daded735af2f3928e0a090946b10"  # the fingerprint with the locked versions on x86-64
 
 
@@ -230,11 +253,13 @@ def _draw_glyphs(drawn: list[str]) -> torch.Tensor:
                                       for letter in tqdm(drawn, "drawing glyphs") for i, face in enumerate(FACES)]))
 
 
-def load_glyphs() -> ImageData:
+def load_glyphs(
+    data_path: str | Path = "",  # where the drawn images are kept; by default the cache
+) -> ImageData:
     "524 letters x 16 faces, 64 x 64: 262 letters train, the other 262 test."
     drawn = np.random.default_rng(0).permutation(letters()[1]).tolist()
     versions = f"pillow {PIL.__version__}, freetype {features.version('freetype2')}, fonts of matplotlib {version('matplotlib')}"
-    path = cache_folder() / "glyphs.safetensors"
+    path = Path(data_path or cache_folder(), "glyphs.safetensors")
     try:
         tensors, metadata = load_tensors(path)
     except (FileNotFoundError, ValueError):
@@ -247,15 +272,16 @@ def load_glyphs() -> ImageData:
                           "split": np.where(labels < len(drawn) // 2, "train", "test")})
     return ImageData("glyphs", table, tensors["pixels"].numpy(), image_size=64, test_resize=64, crop_scale=(0.6, 1.0), flips=False)
 
-# %% ../nbs/00_data.ipynb #b5aad47c
+# %% ../nbs/00_data.ipynb #3b5ebe89
 DATA_SETS = {"digits": load_digits, "glyphs": load_glyphs}
 
 
 def load_data(
     data_name: str,  # one of `DATA_SETS`
+    data_path: str | Path = "",  # its folder; the embedded sets need none
 ) -> ImageData:
     "The data set of that name. Raises ValueError that lists the names."
     if data_name not in DATA_SETS:
         near = get_close_matches(str(data_name), DATA_SETS, n=1)
         raise ValueError(f"expected data_name to be one of {', '.join(DATA_SETS)}, got {data_name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    return DATA_SETS[data_name]()
+    return DATA_SETS[data_name](data_path)
