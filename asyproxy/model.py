@@ -56,7 +56,7 @@ def _resnet18_for_small_images() -> nn.Module:
     net.maxpool = nn.Identity()
     return net
 
-# %% ../nbs/01_model.ipynb #25cb9f96
+# %% ../nbs/01_model.ipynb #37cd1994
 def _googlenet() -> nn.Module:
     import torchvision
 
@@ -84,11 +84,11 @@ def _lite0() -> nn.Module:
 def _convnet() -> nn.Module:
     "Three convolutions: enough for 8 x 8 digits."
     layers = []
-    for inputs, outputs, stride in ((3, 32, 1), (32, 64, 2), (64, 128, 2)):
+    for inputs, outputs, stride in ((3, 16, 1), (16, 32, 2), (32, 64, 2)):
         layers += [nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
     return nn.Sequential(*layers, GlobalMaxPool())
 
-# %% ../nbs/01_model.ipynb #9304e837
+# %% ../nbs/01_model.ipynb #4a31d5de
 def _torchvision_url(enum: str) -> Callable[[], str]:
     def url():
         import torchvision
@@ -109,7 +109,7 @@ BACKBONES = {
     "googlenet": Backbone(_googlenet, 1024, _torchvision_url("GoogLeNet_Weights")),
     "lite0": Backbone(_lite0, 1280, mean=(0.5,) * 3, std=(0.5,) * 3),
     "resnet18": Backbone(_resnet18_for_small_images, 512, _torchvision_url("ResNet18_Weights"), layer_norm=False),
-    "convnet": Backbone(_convnet, 128, mean=(0.5,) * 3, std=(0.5,) * 3, layer_norm=False),
+    "convnet": Backbone(_convnet, 64, mean=(0.5,) * 3, std=(0.5,) * 3, layer_norm=False),
 }
 
 # %% ../nbs/01_model.ipynb #b223f42b

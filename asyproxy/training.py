@@ -110,7 +110,7 @@ def _restore(tensors: dict[str, torch.Tensor], model, criterion, optimizer, sche
         for _ in range(epoch):
             scheduler.step()
 
-# %% ../nbs/04_training.ipynb #e01916ac
+# %% ../nbs/04_training.ipynb #b83eb34d
 def train(
     model: EmbeddingModel,  # trained in place, on its device
     criterion: AsymptoticProxyLoss,  # or any loss called with (embeddings, class indices); its parameters are trained too
@@ -140,8 +140,9 @@ def train(
     for epoch in range(len(history) + 1, num_epochs + 1):
         seed_everything(seed, epoch)
         entry = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
-        bar = tqdm(DataLoader(images, batch_size, shuffle=True, num_workers=num_workers), f"epoch {epoch}/{num_epochs}", disable=not progress, mininterval=0.2 if sys.stderr.isatty() else 10)
-        entry["loss"] = _train_epoch(model, criterion, optimizer, bar)
+        batches = DataLoader(images, batch_size, shuffle=True, num_workers=num_workers)
+        bar = tqdm(total=len(batches), desc=f"epoch {epoch}/{num_epochs}", disable=not progress, mininterval=0.2 if sys.stderr.isatty() else 10)
+        entry["loss"] = _train_epoch(model, criterion, optimizer, batches, bar)
         scheduler.step()
         entry["validation"] = validate(model) if validate else {}
         history.append(entry)
@@ -155,8 +156,8 @@ def train(
             save_tensors(Path(folder, "last.safetensors"), _state(model, criterion, optimizer), {"settings": settings, "history": history})
     return history
 
-# %% ../nbs/04_training.ipynb #a53c75de
-def _train_epoch(model, criterion, optimizer, batches) -> float:
+# %% ../nbs/04_training.ipynb #a5d56811
+def _train_epoch(model, criterion, optimizer, batches, bar) -> float:
     "One pass over the batches; the mean loss of an image."
     device, total, count = next(model.parameters()).device, 0.0, 0
     model.train()
@@ -167,7 +168,7 @@ def _train_epoch(model, criterion, optimizer, batches) -> float:
         loss.backward()
         optimizer.step()
         total, count = total + loss.item() * len(labels), count + len(labels)
-    batches.refresh()
+        bar.update()
     return total / count
 
 
