@@ -17,7 +17,7 @@ from matplotlib.patches import Circle, FancyArrowPatch, Rectangle
 
 from .files import write_atomically
 
-# %% ../nbs/06_figures.ipynb #f5cbb0c2
+# %% ../nbs/06_figures.ipynb #9c346c64
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442", "#999999", "#7F3C8D")
 MARKERS = "osD^vP*X<>"
 NAMES = {"asymptotic": "moving proxies", "learnable": "learnable proxies"}  # how a loss is called in a figure
@@ -26,8 +26,9 @@ NAMES = {"asymptotic": "moving proxies", "learnable": "learnable proxies"}  # ho
 def use_style():
     "Sets matplotlib's style for the study's figures."
     try:
-        import scienceplots  # noqa: F401  (registers its styles)
-
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it calls a function that matplotlib 3.13 will remove; matplotlib is held below that
+            import scienceplots  # noqa: F401  (registers its styles)
         plt.style.use(["science", "no-latex"])
     except ImportError:
         print("SciencePlots is not installed: figures are drawn in matplotlib's own style")
@@ -125,7 +126,7 @@ def save_film(
         pictures[0].save(temporary, save_all=True, append_images=pictures[1:], loop=0, duration=[int(1000 * seconds)] * (len(pictures) - 1) + [int(8000 * seconds)])
     return Path(path)
 
-# %% ../nbs/06_figures.ipynb #ef74deca
+# %% ../nbs/06_figures.ipynb #381fad91
 def sweep(
     runs,  # DataFrame: one row a run, with the columns `x`, `loss` and those of `ys`
     x: str,  # column on the horizontal axis
@@ -140,8 +141,8 @@ def sweep(
             means = group.groupby(x)[column].mean()
             ax.plot(means.index, means, MARKERS[i] + "-", color=COLOURS[i], ms=5, mfc="white", label=NAMES.get(loss, loss), zorder=3)
             ax.plot(group[x], group[column], MARKERS[i], color=COLOURS[i], ms=2.5, alpha=0.7)
-            failed = group[group[column].isna()]
-            ax.plot(failed[x], [0.02] * len(failed), "x", color=COLOURS[i], transform=ax.get_xaxis_transform(), clip_on=False)
+            for value in group.loc[group[column].isna(), x]:
+                ax.plot(value, 0.02, "x", color=COLOURS[i], transform=ax.get_xaxis_transform(), clip_on=False)
         ax.set(xlabel=x, ylabel=label, xscale="log" if log else "linear")
         ax.set_xticks(sorted(runs[x].unique()), [f"{value:g}" for value in sorted(runs[x].unique())], minor=False)
         ax.minorticks_off()

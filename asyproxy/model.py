@@ -252,13 +252,13 @@ def load_model(path: str | Path) -> EmbeddingModel:
     model.load_state_dict(tensors)
     return model.eval()
 
-# %% ../nbs/01_model.ipynb #28fc2bd7
+# %% ../nbs/01_model.ipynb #54e59d05
 @torch.inference_mode()
 def embed(
     model: EmbeddingModel,
     images,  # a Dataset of (uint8 image, class index), such as `ImageSet`
     *,
-    batch_size: int = 256,
+    batch_size: int = 64,
     num_workers: int = 0,
     features: bool = False,  # the pooled features in front of the projection instead of the embeddings
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (N, D) float32 and (N,) int64, on the CPU, in the order of the images

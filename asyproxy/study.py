@@ -194,7 +194,14 @@ def _peak_memory_mb() -> float | None:
         return None
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
-# %% ../nbs/07_study.ipynb #8518b5f2
+# %% ../nbs/07_study.ipynb #2a90f424
+def _start_anew(record: Path, folder: Path):
+    "Removes the record and the checkpoints of a run that is complete."
+    if record.exists():
+        for old in [*folder.glob("*.safetensors"), record]:
+            old.unlink()
+
+# %% ../nbs/07_study.ipynb #86755b9a
 class Run:
     "A run from inside its notebook: checks the parameters, starts the clock, and writes the record at the end."
 
@@ -209,7 +216,7 @@ class Run:
         self.folder = output_folder("runs", self.id)
         self.figures = output_folder("figures", study)
         self.record = output_folder("figures", "records", f"{self.id}.json")
-        self.record.unlink(missing_ok=True)  # its presence means that the run is complete
+        _start_anew(self.record, self.folder)
         self.started = time.perf_counter()
 
     def finish(
@@ -240,7 +247,7 @@ def read_records(study: str | None = None) -> list[dict]:
             print(f"{path.name} is no record and was passed over: {type(error).__name__}")
     return records
 
-# %% ../nbs/07_study.ipynb #bf5e1c2a
+# %% ../nbs/07_study.ipynb #59d0aaed
 NOISE = ("Input Notebook:", "Output Notebook:", "Working directory:", "Executing ", "Ending Cell", "<Figure size", "[IPKernelApp]")  # of papermill's log
 
 
@@ -255,9 +262,7 @@ def run(
     identity = run_id(path.stem, values)
     folder, record = output_folder("runs", identity), output_folder("figures", "records", f"{identity}.json")
     folder.mkdir(parents=True, exist_ok=True)
-    if record.exists():
-        for old in [record, *folder.glob("*.safetensors")]:
-            old.unlink()
+    _start_anew(record, folder)
     escape = lambda p: str(p).replace("{", "{{").replace("}", "}}")  # papermill takes paths for format strings
     executed = folder / path.name
     command = [sys.executable, "-m", "papermill", escape(path), escape(executed), "-k", "python3", "--cwd", str(path.parent), "--log-output", "--no-progress-bar"]

@@ -1,0 +1,30 @@
+# `make study` and `make test` do everything, set-up included; `make lab` opens the notebooks.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: study test lab build
+study: $(VENV)/ready
+	$(BIN)/asyproxy run toy
+	@set -e; for seed in 0 1 2; do for loss in asymptotic learnable; do \
+	  echo "asyproxy run benchmark -p loss $$loss -p seed $$seed"; $(BIN)/asyproxy run benchmark -p loss $$loss -p seed $$seed; done; done
+	$(BIN)/asyproxy report
+
+test: $(VENV)/ready
+	$(BIN)/python .ci/project.py test
+
+lab: $(VENV)/ready
+	$(BIN)/jupyter lab nbs
+
+# For maintainers: execute the library notebooks, clean them, export the package and build the README.
+build: $(VENV)/ready
+	$(BIN)/python .ci/project.py build
+
+# pip runs from outside, so the system's Python need not bring ensurepip.
+$(VENV)/ready: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python 3.11 or newer, got " + sys.version.split()[0] + "; name another one with make PYTHON=python3.12")'
+	@echo "Setting up $(VENV) with the locked versions. This takes some minutes; on Linux torch brings its CUDA libraries (about 6 GB)."
+	$(PYTHON) -m venv --clear --without-pip $(VENV)
+	$(PYTHON) -m pip --python $(BIN)/python install --quiet --requirement requirements.txt
+	$(PYTHON) -m pip --python $(BIN)/python install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
