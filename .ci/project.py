@@ -46,6 +46,7 @@ def readme() -> str:
             cell.source, cell.metadata.tags = "", ["echo"]
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    notebook.metadata["language_info"] = {"name": "python"}
     text = MarkdownExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(notebook)[0]
     text = text.replace("```python\n\n```\n", "").replace("../figures/", "figures/")
     lines = [line.rstrip() for line in text.strip().splitlines()]

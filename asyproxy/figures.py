@@ -159,7 +159,7 @@ def sweep(
     axes[0, 0].legend(fontsize=7)
     return figure
 
-# %% ../nbs/06_figures.ipynb #932745da
+# %% ../nbs/06_figures.ipynb #8dd5168d
 def training_curves(
     records: list[dict],  # of benchmark runs; see `study`
 ) -> plt.Figure:
@@ -170,7 +170,7 @@ def training_curves(
         style = {"color": COLOURS[i], "marker": MARKERS[i], "ms": 3, "lw": 1}
         axes[0].plot(epochs, [entry["loss"] for entry in record["history"]], **style)
         select = record["select"]
-        if all(entry["validation"] for entry in record["history"]):
+        if all(select in entry["validation"] for entry in record["history"]):
             axes[1].plot(epochs, [100 * entry["validation"][select] for entry in record["history"]], **style)
     for loss in sorted({record["parameters"]["loss"] for record in records}):
         axes[0].plot([], [], MARKERS[_number(loss)] + "-", color=COLOURS[_number(loss)], ms=3, label=NAMES.get(loss, loss))

@@ -81,18 +81,16 @@ def evaluate(
     embedded = [tensor for images in (queries, gallery) if images is not None for tensor in embed(model, images, features=features, num_workers=num_workers)]
     return both_codes(*embedded, recalls=recalls)
 
-# %% ../nbs/04_training.ipynb #44c6d83f
+# %% ../nbs/04_training.ipynb #bc005c47
 def best_epoch(
     history: list[dict],  # of `train`: one entry an epoch, with its metrics under "validation"
-    select: str = "recall@1",  # the metric that is to be highest
+    select: str | None = "recall@1",  # the metric that is to be highest; None: no choice, the last epoch
 ) -> int:  # number of the epoch, from 1
     "The epoch to keep, chosen on validation classes only."
     def value(entry):
         value = entry["validation"][select]
         return -math.inf if math.isnan(value) else value
-    if not all(select in entry["validation"] for entry in history):
-        return history[-1]["epoch"]
-    return max(history, key=value)["epoch"]
+    return max(history, key=value)["epoch"] if select else history[-1]["epoch"]
 
 # %% ../nbs/04_training.ipynb #03cea14f
 def _state(model, criterion, optimizer) -> dict[str, torch.Tensor]:
@@ -119,7 +117,7 @@ def _restore(tensors: dict[str, torch.Tensor], model, criterion, optimizer, sche
         for _ in range(epoch):
             scheduler.step()
 
-# %% ../nbs/04_training.ipynb #3861e5e3
+# %% ../nbs/04_training.ipynb #13641f05
 def train(
     model: EmbeddingModel,  # trained in place, on its device
     criterion: AsymptoticProxyLoss,  # or any loss called with (embeddings, class indices); its parameters are trained too
@@ -130,7 +128,7 @@ def train(
     num_epochs: int = 30,
     seed: int = 0,
     validate: Callable[[EmbeddingModel], dict] | None = None,  # metrics after each epoch
-    select: str = "recall@1",  # which of them decides what the best epoch is
+    select: str | None = "recall@1",  # which of them decides what the best epoch is; without any, or with None, it is the last
     watch: Callable[[int], None] | None = None,  # called with the number of each finished epoch, first with 0
     folder: str | Path | None = None,  # where checkpoints go, and where an interrupted run is found
     settings: dict | None = None,  # what else the run depends on: a checkpoint of other settings is refused
@@ -143,6 +141,7 @@ def train(
     optimizer = torch.optim.Adam(parameters, lr=lr)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, (num_epochs + 1) // 2, gamma=0.1)
     settings = {**(settings or {}), "lr": lr, "batch_size": batch_size, "num_epochs": num_epochs, "seed": seed}
+    select = select if validate else None
     history = _resume(folder, settings, model, criterion, optimizer, scheduler)
     if watch and not history:
         watch(0)
@@ -154,8 +153,10 @@ def train(
         entry["loss"] = _train_epoch(model, criterion, optimizer, batches, bar)
         scheduler.step()
         entry["validation"] = validate(model) if validate else {}
+        if select and select not in entry["validation"]:
+            raise ValueError(f"expected validate to give {select}, by which the epoch is chosen, got {', '.join(entry['validation'])}")
         history.append(entry)
-        bar.set_postfix_str(", ".join([f"loss {entry['loss']:.3f}", *([f"validation {select} {entry['validation'][select]:.3f}"] if select in entry["validation"] else [])]), refresh=False)
+        bar.set_postfix_str(f"loss {entry['loss']:.3f}" + (f", validation {select} {entry['validation'][select]:.3f}" if select else ""), refresh=False)
         bar.close()
         if watch:
             watch(epoch)
