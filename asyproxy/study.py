@@ -244,7 +244,22 @@ def read_records(study: str | None = None) -> list[dict]:
             print(f"{path.name} is no record and was passed over: {type(error).__name__}")
     return records
 
-# %% ../nbs/07_study.ipynb #dd236e7f
+# %% ../nbs/07_study.ipynb #d22142d4
+def _found(name: str, value):
+    "A file or folder named from where the command is given, as a path that also holds where the notebook runs."
+    path = Path(str(value)).expanduser()
+    return str(path.resolve()) if name in ("data_path", "weights") and str(value) and path.exists() else value
+
+
+def _failure(executed: Path) -> str | None:
+    "The error in an executed notebook."
+    try:
+        cells = json.loads(executed.read_text())["cells"]
+        return next(f"{o['ename']}: {o['evalue']}" for cell in cells for o in cell.get("outputs", ()) if o["output_type"] == "error")
+    except (OSError, ValueError, KeyError, StopIteration):
+        return None
+
+# %% ../nbs/07_study.ipynb #e9108755
 NOISE = ("Input Notebook:", "Output Notebook:", "Working directory:", "Executing ", "Ending Cell", "<Figure size", "[IPKernelApp]")  # of papermill's log
 
 
@@ -279,21 +294,6 @@ def run(
     result = json.loads(record.read_text())
     print(f"{identity}: {result['seconds']:.0f} s", flush=True)
     return result
-
-
-def _found(name: str, value):
-    "A file or folder named from where the command is given, as a path that also holds where the notebook runs."
-    path = Path(str(value)).expanduser()
-    return str(path.resolve()) if name in ("data_path", "weights") and str(value) and path.exists() else value
-
-
-def _failure(executed: Path) -> str | None:
-    "The error in an executed notebook."
-    try:
-        cells = json.loads(executed.read_text())["cells"]
-        return next(f"{o['ename']}: {o['evalue']}" for cell in cells for o in cell.get("outputs", ()) if o["output_type"] == "error")
-    except (OSError, ValueError, KeyError, StopIteration):
-        return None
 
 # %% ../nbs/07_study.ipynb #e674b126
 def main(arguments: list[str] | None = None) -> int:

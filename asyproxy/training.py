@@ -117,7 +117,7 @@ def _restore(tensors: dict[str, torch.Tensor], model, criterion, optimizer, sche
         for _ in range(epoch):
             scheduler.step()
 
-# %% ../nbs/04_training.ipynb #13641f05
+# %% ../nbs/04_training.ipynb #b9154982
 def train(
     model: EmbeddingModel,  # trained in place, on its device
     criterion: AsymptoticProxyLoss,  # or any loss called with (embeddings, class indices); its parameters are trained too
@@ -137,8 +137,7 @@ def train(
 ) -> list[dict]:  # one entry an epoch: epoch, loss, lr, validation
     "Trains, or goes on with what `folder` holds. Raises ValueError before any work on a setting that cannot be."
     _check_training(lr, batch_size, num_epochs, images)
-    parameters = [*model.parameters(), *criterion.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=lr)
+    optimizer = torch.optim.Adam([*model.parameters(), *criterion.parameters()], lr=lr)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, (num_epochs + 1) // 2, gamma=0.1)
     settings = {**(settings or {}), "lr": lr, "batch_size": batch_size, "num_epochs": num_epochs, "seed": seed}
     select = select if validate else None
@@ -160,9 +159,9 @@ def train(
         bar.close()
         if watch:
             watch(epoch)
+        if folder and best_epoch(history, select) == epoch:
+            save_model(model, Path(folder, "best.safetensors"))
         if folder:
-            if best_epoch(history, select) == epoch:
-                save_model(model, Path(folder, "best.safetensors"))
             save_tensors(Path(folder, "last.safetensors"), _state(model, criterion, optimizer), {"settings": settings, "history": history})
     return history
 
