@@ -44,8 +44,6 @@ def readme() -> str:
     for cell in notebook.cells:
         if "#| echo: false" in cell.source:
             cell.source, cell.metadata.tags = "", ["echo"]
-        if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     notebook.metadata["language_info"] = {"name": "python"}
     text = MarkdownExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(notebook)[0]
     text = text.replace("```python\n\n```\n", "").replace("../figures/", "figures/")

@@ -69,10 +69,10 @@ def read_image(
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
-# %% ../nbs/00_data.ipynb #84c43503
+# %% ../nbs/00_data.ipynb #39007b01
 @dataclass(frozen=True)
 class ImageData:
-    "Images as a table; `pixels[row]` where they are embedded, files below `root` where not."
+    "Images as a table; its column image counts `pixels` where they are embedded, and names files below `root` where not."
     name: str  # data_name
     table: pd.DataFrame  # see `check_table`
     pixels: np.ndarray | None = None  # (N, H, W, 3), uint8

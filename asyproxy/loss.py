@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../nbs/02_loss.ipynb #16e3975e
-@torch.no_grad()
+# %% ../nbs/02_loss.ipynb #0cc417ee
 def move_proxies(
     proxies: torch.Tensor,  # (C, D), rows of unit length
     embeddings: torch.Tensor,  # (B, D), rows of unit length
@@ -21,6 +20,12 @@ def move_proxies(
     "Moves the proxies of the classes in a batch. Raises ValueError on a momentum, label or shape that cannot be."
     _check_momentum(momentum)
     _check_batch(embeddings, labels, *proxies.shape)
+    return _moved(proxies, embeddings, labels, momentum)
+
+
+@torch.no_grad()
+def _moved(proxies, embeddings, labels, momentum) -> torch.Tensor:
+    "`move_proxies` for a batch that has been checked: on a GPU a check waits for the device."
     moved = proxies.clone()
     classes, counts = labels.unique(return_counts=True)
     ordered = embeddings.to(_wide(embeddings))[labels.argsort(stable=True)]
@@ -78,7 +83,7 @@ def cross_entropy(
     others = logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1, keepdim=True)
     return F.softplus(others - own).mean()
 
-# %% ../nbs/02_loss.ipynb #7cf2f7f4
+# %% ../nbs/02_loss.ipynb #6ca5fe71
 class AsymptoticProxyLoss(nn.Module):
     "Cross entropy over cosine similarities to one proxy a class; in training mode each call then moves the proxies."
 
@@ -117,5 +122,5 @@ class AsymptoticProxyLoss(nn.Module):
         loss = cross_entropy(proxy_similarities(embeddings, self.proxies) / self.temperature, labels.long())
         if self.training and not self.with_learnable_proxy:
             unit = F.normalize(embeddings.detach().to(_wide(embeddings)))
-            self.proxies = move_proxies(self.proxies, unit, labels, self.momentum)
+            self.proxies = _moved(self.proxies, unit, labels, self.momentum)
         return loss

@@ -219,15 +219,14 @@ class EmbeddingModel(nn.Module):
                 module.eval()
         return self
 
-# %% ../nbs/01_model.ipynb #8c56b8fb
+# %% ../nbs/01_model.ipynb #71f2825f
 def _backbone(backbone_type: str, weights: str) -> nn.Module:
     "A backbone with the weights asked for. Raises OSError or ValueError where they cannot be had."
-    kind, url = BACKBONES[backbone_type], None
+    kind = BACKBONES[backbone_type]
     if weights == "pretrained" and backbone_type != "lite0":
         if kind.url is None:
             raise ValueError(f'expected weights="random" or a local file: there are no pretrained weights for {backbone_type}')
-        url = kind.url()
-        weights = fetch_weights(url)  # before the network is built: a missing file shows within seconds
+        weights = fetch_weights(kind.url())  # before the network is built: a missing file shows within seconds
     net = kind.build()
     if weights == "pretrained":
         _load_lite0(net)
@@ -250,8 +249,8 @@ def load_model(path: str | Path) -> EmbeddingModel:
     model.load_state_dict(tensors)
     return model.eval()
 
-# %% ../nbs/01_model.ipynb #54e59d05
-@torch.inference_mode()
+# %% ../nbs/01_model.ipynb #90785bc1
+@torch.no_grad()
 def embed(
     model: EmbeddingModel,
     images,  # a Dataset of (uint8 image, class index), such as `ImageSet`
@@ -267,5 +266,5 @@ def embed(
         pairs = [((model.features if features else model)(batch.to(device)).float().cpu(), labels) for batch, labels in DataLoader(images, batch_size, num_workers=num_workers)]
     finally:
         model.train(training)
-    embeddings, labels = (torch.cat(parts).clone() for parts in zip(*pairs))
+    embeddings, labels = (torch.cat(parts) for parts in zip(*pairs))
     return embeddings, labels
