@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EmbeddingDatabase', 'build_database', 'search', 'query_image', 'example_answers']
 
-# %% ../nbs/05_retrieval.ipynb #94d793cc
+# %% ../nbs/05_retrieval.ipynb #9e76f0db
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +13,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .data import ImageData, ImageSet, read_image, transform
+from .data import ImageData, ImageSet, transform
 from .files import load_tensors, save_tensors
+from .images import read_image
 from .model import EmbeddingModel, embed
 
 # %% ../nbs/05_retrieval.ipynb #b5a45a21
