@@ -30,7 +30,7 @@ from tqdm import tqdm
 from .files import load_tensors, save_tensors
 from .images import random_crop, read_image
 
-# %% ../nbs/00_data.ipynb #a127e9ca
+# %% ../nbs/00_data.ipynb #9334915b
 SPLITS = ("train", "test", "query", "gallery")
 
 
@@ -46,9 +46,11 @@ def check_table(
         raise ValueError(f"expected splits among {', '.join(SPLITS)}, got {', '.join(map(str, unknown))}")
     if "train" not in set(table["split"]):
         raise ValueError(f"expected at least one image in the split 'train', got {sorted(set(table['split']))}")
+    if len(twice := table["image"][table["image"].duplicated()]):
+        raise ValueError(f"expected each image once (a second one would be found by the first), got {len(twice)} again, such as {twice.iloc[0]}")
     train = table["split"] == "train"
     if both := sorted(set(table.loc[train, "label"]) & set(table.loc[~train, "label"])):
-        raise ValueError(f"expected the classes of training and test to be disjoint, got {both[:5]} in both ({len(both)} in all)")
+        raise ValueError(f"expected the classes of training and test to be disjoint, got {both[:5]} in both ({len(both)} in all): this is a split for classification")
     return table
 
 # %% ../nbs/00_data.ipynb #85d8e813
