@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import os
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -72,13 +73,15 @@ class ImageData:
     def read(
         self,
         image: int | str,  # an entry of the table's column image
-        **part,  # crop and least of `read_image`
+        *,
+        crop: Callable[[int, int], tuple[int, int, int, int]] | None = None,  # as for `read_image`
+        least: int = 0,  # as for `read_image`
     ) -> torch.Tensor:  # (3, H, W), uint8
         "The pixels of an image, or of a crop."
         if self.pixels is None:
-            return read_image(Path(self.root or "", image), **part)
+            return read_image(Path(self.root or "", image), crop=crop, least=least)
         pixels = torch.from_numpy(self.pixels[image]).permute(2, 0, 1)
-        if crop := part.get("crop"):
+        if crop:
             top, left, height, width = crop(*pixels.shape[1:])
             pixels = pixels[:, top : top + height, left : left + width]
         return pixels
