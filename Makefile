@@ -1,9 +1,9 @@
-# `make study` and `make test` do everything, set-up included; `make lab` opens the notebooks.
+# `make study` and `make test` do everything, set-up included; `make bench` measures speed beside peers; `make lab` opens the notebooks.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: study test lab build
+.PHONY: study test lab bench build
 study: $(VENV)/ready
 	$(BIN)/asyproxy run toy
 	@set -e; for seed in 0 1 2; do for loss in asymptotic learnable; do \
@@ -12,6 +12,9 @@ study: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/python .ci/project.py test
+
+bench: $(VENV)/ready
+	$(BIN)/asyproxy run input_pipeline
 
 lab: $(VENV)/ready
 	$(BIN)/jupyter lab nbs

@@ -23,6 +23,7 @@ DIGITS = {"data_name": "digits"}
 SMALLEST = {  # in this order: the report reads the records of the others
     "toy": {"num_epochs": 2, "seeds": 1, "temperatures": "0.1", "momenta": "0.5"},
     "benchmark": {**DIGITS, "backbone_type": "convnet", "weights": "random", "feature_dim": 8, "lr": 0.001, "num_epochs": 2, "validation": 0.3, "oracle": True},
+    "input_pipeline": {"images": 8, "rounds": 1, "batch_size": 4},
     "report": DIGITS,
 }
 # A test sees no GPU, no hub and none of the user's own results.
@@ -144,6 +145,21 @@ def benchmark_repeats(output: str):
         raise RuntimeError(f"expected the same metrics from the same command, got {one['metrics']} and {other['metrics']}")
 
 
+def images_from_disk(output: str):
+    "`asyproxy prepare`, then the benchmark on what it found: boxes, a query and a gallery, the decoded cache, two workers."
+    with tempfile.TemporaryDirectory() as folder:
+        environment = ENVIRONMENT | {"ASYPROXY_OUTPUT": output, "ASYPROXY_CACHE": str(Path(folder, "cache"))}
+        call(sys.executable, "-c", "import sys; from asyproxy.fixtures import write_fixture; write_fixture(sys.argv[1], 'isc', 'official')", Path(folder, "isc"))
+        printed = call("asyproxy", "prepare", "isc", "--data_path", folder, "--cropped", "--allow_incomplete", "--cache", env=environment)
+        command = printed.strip().splitlines()[-1].removeprefix("next: ").split()
+        smallest = SMALLEST["benchmark"] | {"data_name": "isc", "validation": 0.0, "batch_size": 4, "recalls": "1,2", "num_workers": 2}
+        call(*command, *(part for pair in smallest.items() for part in ("-p", *map(str, pair))), env=environment)
+    record = json.loads(next(Path(output, "figures", "records").glob("benchmark-isc-*.json")).read_text())
+    expected = {"complete": False, "cropped": True, "query": {"images": 3, "classes": 3}, "gallery": {"images": 6, "classes": 3}}
+    if got := {key: record["data"].get(key) for key, value in expected.items() if record["data"].get(key) != value}:
+        raise RuntimeError(f"expected {expected} in the record, got {got}")
+
+
 def test() -> int:
     results = []
 
@@ -164,6 +180,7 @@ def test() -> int:
         for path in LIBRARY:
             pool.submit(check, f"nbs/{path.name}", library_notebook, path)
         waiting = [pool.submit(check, f"nbs/studies/{name}.ipynb", study_notebook, name, output) for name in SMALLEST if name != "report"]
+        waiting.append(pool.submit(check, "images from disk: prepare, then the benchmark", images_from_disk, output))
         for future in waiting:
             future.result()
         check("nbs/studies/report.ipynb", study_notebook, "report", output)

@@ -42,15 +42,17 @@ class EmbeddingDatabase:
     def __len__(self):
         return len(self.rows)
 
-# %% ../nbs/05_retrieval.ipynb #94d41a52
+# %% ../nbs/05_retrieval.ipynb #03a2792a
 def build_database(
     model: EmbeddingModel,
     data: ImageData,
     split: str = "test",  # which images can be found
+    *,
+    num_workers: int = 0,  # processes that read images
 ) -> EmbeddingDatabase:
     "Embeds a split of a data set."
     images = ImageSet(data, split)
-    embeddings, targets = embed(model, images)
+    embeddings, targets = embed(model, images, num_workers=num_workers)
     names = data.table["class_name"].iloc[images.rows].tolist()
     return EmbeddingDatabase(F.normalize(embeddings), torch.as_tensor(images.classes)[targets], torch.as_tensor(images.rows), names, data.name)
 
@@ -90,7 +92,7 @@ def query_image(
     similarities, order = search(database, embedding, retrieval_num)
     return similarities[0], order[0]
 
-# %% ../nbs/05_retrieval.ipynb #8d30ec66
+# %% ../nbs/05_retrieval.ipynb #a8853b1a
 def example_answers(
     model: EmbeddingModel,
     data: ImageData,
@@ -108,7 +110,7 @@ def example_answers(
     _, answers = search(database, embeddings, min(retrieval_num, len(database) - itself), exclude=torch.as_tensor(asked) if itself else None)
 
     def picture(row):
-        return data.read(data.table["image"][row]).permute(1, 2, 0).numpy()
+        return data.read(row).permute(1, 2, 0).numpy()
     label, name = data.table["label"], data.table["class_name"]
     return [(picture(row), name[row], [(picture(int(database.rows[i])), bool(database.labels[i] == label[row])) for i in found])
             for row, found in zip(queries.rows[asked], answers)]
