@@ -160,6 +160,17 @@ def images_from_disk(output: str):
         raise RuntimeError(f"expected {expected} in the record, got {got}")
 
 
+def toy_on_photographs(output: str):
+    "The same notebook on STL10: only data_name and data_path change."
+    with tempfile.TemporaryDirectory() as folder:
+        call(sys.executable, "-c", "import sys; from asyproxy.fixtures import write_stl10; write_stl10(sys.argv[1])", Path(folder, "stl10"))
+        values = SMALLEST["toy"] | {"data_name": "stl10", "data_path": folder, "allow_incomplete": True}
+        call("asyproxy", "run", "toy", *(part for pair in values.items() for part in ("-p", *map(str, pair))), env=ENVIRONMENT | {"ASYPROXY_OUTPUT": output})
+    record = json.loads(next(Path(output, "figures", "records").glob("toy-stl10-*.json")).read_text())
+    if (record["data"]["train"]["classes"], record["data"]["test"]["classes"], record["data"]["complete"]) != (7, 3, False):
+        raise RuntimeError(f"expected 7 classes to train on, 3 to test and a set that is not complete, got {record['data']}")
+
+
 def test() -> int:
     results = []
 
@@ -180,6 +191,7 @@ def test() -> int:
         for path in LIBRARY:
             pool.submit(check, f"nbs/{path.name}", library_notebook, path)
         waiting = [pool.submit(check, f"nbs/studies/{name}.ipynb", study_notebook, name, output) for name in SMALLEST if name != "report"]
+        waiting.append(pool.submit(check, "the toy on STL10", toy_on_photographs, output))
         waiting.append(pool.submit(check, "images from disk: prepare, then the benchmark", images_from_disk, output))
         for future in waiting:
             future.result()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'MARKERS', 'NAMES', 'LOSSES', 'GREEN', 'RED', 'use_style', 'save_figure', 'unit_circle', 'circles',
-           'proxy_paths', 'save_film', 'sweep', 'training_curves', 'recall_bars', 'retrieval_gallery',
+           'proxy_paths', 'save_film', 'sweep', 'training_curves', 'recall_bars', 'retrieval_gallery', 'contact_sheet',
            'method_schematic']
 
 # %% ../nbs/06_figures.ipynb #a2c971ca
@@ -223,6 +223,41 @@ def retrieval_gallery(
             ax.imshow(image, interpolation="none")
             ax.add_patch(Rectangle((0, 0), 1, 1, transform=ax.transAxes, fill=False, lw=2.5, clip_on=False, ec=GREEN if right else RED, ls="-" if right else (0, (2, 1))))
     figure.supxlabel(source, fontsize=5, color="0.4")
+    return figure
+
+# %% ../nbs/06_figures.ipynb #17d2879a
+def contact_sheet(
+    splits: dict[str, dict[str, list[np.ndarray]]],  # split -> title of a row, such as a class -> its images, (H, W, 3) or (H, W)
+    *,
+    per_class: int = 3,  # images of a row at most
+    cell: tuple[float, float] = (0.95, 0.62),  # width and height in inches
+    label: float = 1.5,  # inches for the title of a row
+) -> plt.Figure:
+    "Images in rows, the splits below each other."
+    (width, height), gap, beside = cell, 0.06, 0.3  # inches
+    columns = max((len(images[:per_class]) for rows in splits.values() for images in rows.values()), default=0)
+    if not columns:
+        raise ValueError("expected at least one image for a contact sheet, got none")
+    right, bottom = beside + label + columns * (width + gap), 0.0
+    figure, ax = plt.subplots(figsize=(1, 1))
+    for number, (split, rows) in enumerate(splits.items()):
+        top = bottom
+        for title, images in rows.items():
+            middle = bottom + height / 2
+            ax.text(beside + label - 0.08, middle, textwrap.fill(title, round(label * 14)), fontsize=8, ha="right", va="center", linespacing=1)
+            for k, image in enumerate(images[:per_class]):
+                rows_, columns_ = image.shape[:2]
+                scale = min(width / columns_, height / rows_) / 2
+                centre = beside + label + k * (width + gap) + width / 2
+                ax.imshow(image, cmap="gray", vmin=0, vmax=255, extent=(centre - scale * columns_, centre + scale * columns_, middle + scale * rows_, middle - scale * rows_))
+            bottom += height + gap
+        ax.plot([0.22, 0.22], [top, bottom - gap], "k-" if not number else "k--", lw=1.5)
+        ax.text(0.1, (top + bottom - gap) / 2, split, rotation=90, ha="center", va="center", fontsize=9, fontweight="bold")
+        bottom += 2 * gap
+    ax.set(xlim=(0, right), ylim=(bottom, 0), aspect="equal")
+    ax.set_axis_off()
+    ax.set_position((0, 0, 1, 1))
+    figure.set_size_inches(right, bottom)
     return figure
 
 # %% ../nbs/06_figures.ipynb #f0762955

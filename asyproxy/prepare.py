@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EMBEDDED', 'DATA_SETS', 'scan', 'table_paths', 'load_data', 'report']
 
-# %% ../nbs/00g_prepare.ipynb #9b09886f
+# %% ../nbs/00g_prepare.ipynb #4d94f8db
 import hashlib
 import os
 import shlex
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .benchmarks import OFFICIAL, PROTOCOL, READERS, TITLES, find, load_stl10
 from .cache import build_cache
-from .data import ImageData, cache_folder, load_digits, load_glyphs
+from .data import SPLITS, ImageData, cache_folder, load_digits, load_glyphs
 from .files import write_atomically
 from .folders import BOX, Files, Found, class_folders, csv_table, subfolders, walk
 from .images import read_image
@@ -139,7 +139,7 @@ def _twins(table: pd.DataFrame) -> list[str]:
     apart = [group for _, group in groups if group.nunique() > 1]
     return [f"{len(apart)} photos stand in more than one class, such as {' and '.join(table.loc[apart[0].index[:2], 'image'])}"] if apart else []
 
-# %% ../nbs/00g_prepare.ipynb #1b2d32f8
+# %% ../nbs/00g_prepare.ipynb #c832131e
 EMBEDDED = {"digits": load_digits, "glyphs": load_glyphs}
 DATA_SETS = (*EMBEDDED, *READERS, "own", "stl10")
 
@@ -211,7 +211,7 @@ def _checked(data_name: str, root: Path, name: str, found: Found, *, cropped: bo
     used = _boxes(table) if cropped else table.drop(columns=BOX, errors="ignore")
     incomplete, bad = _incomplete(data_name, found), used["problem"] != ""
     unreadable = [f"{image}: {problem}" for image, problem in zip(used["image"][bad], used["problem"][bad])]
-    about = {"layout": found.layout, "complete": not incomplete and not unreadable, "missing": len(found.missing), "skipped": used["image"][bad].tolist(), "surplus": len(found.surplus), "cropped": cropped,
+    about = {"layout": found.layout, "complete": not incomplete and not unreadable, "incomplete": incomplete, "missing": len(found.missing), "skipped": used["image"][bad].tolist(), "surplus": len(found.surplus), "cropped": cropped,
              "notes": found.notes + _twins(used)}
     refusal = _refusal(incomplete, bad, allow_incomplete, skip_unreadable)
     data = None if refusal else _usable(data_name, root, used[~bad], about)
@@ -238,7 +238,7 @@ def _usable(data_name: str, root: Path, table: pd.DataFrame, about: dict) -> Ima
     columns = [c for c in ("image", "label", "class_name", "split", *BOX, "height", "width", "sha256") if c in table]
     return ImageData(data_name, table[columns].reset_index(drop=True), root=root, about=about)
 
-# %% ../nbs/00g_prepare.ipynb #f6ab207e
+# %% ../nbs/00g_prepare.ipynb #868891ca
 def report(
     data: ImageData,
     data_path: str = "",  # for the command at the end
@@ -246,15 +246,17 @@ def report(
 ) -> str:
     "Counts beside the official ones, what was passed over, the fingerprint, and the command that trains on the images."
     print_ = data.fingerprint()
-    rows = [(split, *(f"{print_[split][key]:,}" for key in ("images", "classes")), *("{:,} / {:,}".format(*OFFICIAL[data.name][split]) for _ in [0] if data.name in OFFICIAL)) for split in print_ if split != "sha256"]
+    splits = [split for split in SPLITS if split in print_]
+    rows = [(split, *(f"{print_[split][key]:,}" for key in ("images", "classes")), *("{:,} / {:,}".format(*OFFICIAL[data.name][split]) for _ in [0] if data.name in OFFICIAL)) for split in splits]
     width = [max(len(str(row[i])) for row in [*rows, ("split", "images", "classes", "official")[: len(rows[0])]]) for i in range(len(rows[0]))]
     lines = ["  ".join(str(cell).rjust(w) if i else str(cell).ljust(w) for i, (cell, w) in enumerate(zip(row, width))) for row in [("split", "images", "classes", "official")[: len(rows[0])], *rows]]
     about = data.about
-    state = "complete" if about.get("complete", True) else "NOT complete (allowed): " + ", ".join(f"{n:,} {what}" for what, n in (("missing", about.get("missing", 0)), ("skipped", len(about.get("skipped", [])))) if n or what == "missing")
+    wrong = about.get("incomplete", []) + ([f"{len(about['skipped']):,} images left out, such as {about['skipped'][0]}"] if about.get("skipped") else [])
+    state = "complete" if about.get("complete", True) else "NOT complete, which was allowed: " + ("; ".join(wrong) or "not the official files")
     said = [f"{TITLES.get(data.name, data.name)}: {about.get('layout', 'embedded')}", *lines, state, f"fingerprint {print_['sha256'][:16]}"]
     said += [f"note: {note}" for note in about.get("notes", [])]
     said += [f"{about['surplus']:,} other images beside them are not used"] if about.get("surplus") else []
-    settings = {"batch_size": 128, "num_epochs": 30, **PROTOCOL.get(data.name, {})} if data.name in PROTOCOL else {}
+    settings = {"backbone_type": "resnet50", "batch_size": 128, "num_epochs": 30, **PROTOCOL.get(data.name, {})} if data.name in PROTOCOL else {}
     study = "toy" if data.name == "stl10" else "benchmark"
     said.append(f"next: asyproxy run {study} -p data_name {data.name}" + (f" -p data_path {shlex.quote(str(data_path))}" if data_path else "") + "".join(f" -p {k} {v}" for k, v in settings.items()) + (f" {options}" if options else ""))
     return "\n".join(said)
