@@ -68,7 +68,7 @@ def _scaled(start: int, length: int, scale: float, size: int) -> slice:
     first = min(round(start * scale), size - 1)
     return slice(first, min(max(round((start + length) * scale), first + 1), size))
 
-# %% ../nbs/00f_cache.ipynb #ec7825d5
+# %% ../nbs/00f_cache.ipynb #37988553
 def _original_sizes(data: ImageData) -> np.ndarray:  # (N, 2), int64: height, width
     if data.boxes is not None:
         return data.boxes[:, [3, 2]] - data.boxes[:, [1, 0]]
@@ -94,7 +94,7 @@ def _key(data: ImageData) -> str:
     if "sha256" not in data.table:
         raise ValueError(f"expected the column sha256 (of each file) in the table of {data.name}, by which a cache knows its images; load_data and `asyproxy prepare` make it")
     columns = [c for c in ("sha256", "left", "top", "right", "bottom") if c in data.table]
-    lines = data.table[columns].astype(str).agg(" ".join, axis=1).tolist()
+    lines = [" ".join(map(str, row)) for row in data.table[columns].itertuples(index=False)]
     lines += [f"{data.test_resize}", *(f"{package} {version(package)}" for package in ("torch", "torchvision", "pillow"))]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 

@@ -52,7 +52,7 @@ def check_table(
         raise ValueError(f"expected the classes of training and test to be disjoint, got {both[:5]} in both ({len(both)} in all): this is a split for classification")
     return table
 
-# %% ../nbs/00_data.ipynb #71a4f633
+# %% ../nbs/00_data.ipynb #1fa48edd
 @dataclass(frozen=True)
 class ImageData:
     "Images as a table; its column image counts `pixels` where they are embedded, and names files below `root` where not."
@@ -105,7 +105,7 @@ class ImageData:
         counts = {s: {"images": len(g), "classes": g["label"].nunique()} for s, g in self.table.groupby("split")}
         if "sha256" in self.table:
             columns = [c for c in ("split", "label", "sha256", "left", "top", "right", "bottom") if c in self.table]
-            rows = sorted(self.table[columns].astype(str).agg(" ".join, axis=1))
+            rows = sorted(" ".join(map(str, row)) for row in self.table[columns].itertuples(index=False))
             return {**counts, "sha256": hashlib.sha256("\n".join(rows).encode()).hexdigest()}
         digest = hashlib.sha256(self.table.to_csv(index=False).encode())
         if self.pixels is not None:

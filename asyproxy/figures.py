@@ -225,31 +225,33 @@ def retrieval_gallery(
     figure.supxlabel(source, fontsize=5, color="0.4")
     return figure
 
-# %% ../nbs/06_figures.ipynb #17d2879a
+# %% ../nbs/06_figures.ipynb #126d95f9
 def contact_sheet(
     splits: dict[str, dict[str, list[np.ndarray]]],  # split -> title of a row, such as a class -> its images, (H, W, 3) or (H, W)
     *,
     per_class: int = 3,  # images of a row at most
     cell: tuple[float, float] = (0.95, 0.62),  # width and height in inches
-    label: float = 1.5,  # inches for the title of a row
 ) -> plt.Figure:
     "Images in rows, the splits below each other."
-    (width, height), gap, beside = cell, 0.06, 0.3  # inches
+    (width, height), gap = cell, 0.06  # inches
+    titles = {title: textwrap.fill(title, 22) for rows in splits.values() for title in rows}
+    longest = max((len(line) for title in titles.values() for line in title.split("\n")), default=0)
+    left = 0.4 + 0.068 * longest  # where the images begin
     columns = max((len(images[:per_class]) for rows in splits.values() for images in rows.values()), default=0)
     if not columns:
         raise ValueError("expected at least one image for a contact sheet, got none")
-    right, bottom = beside + label + columns * (width + gap), 0.0
+    right, bottom = left + columns * (width + gap), 0.0
     figure, ax = plt.subplots(figsize=(1, 1))
     for number, (split, rows) in enumerate(splits.items()):
         top = bottom
         for title, images in rows.items():
             middle = bottom + height / 2
-            ax.text(beside + label - 0.08, middle, textwrap.fill(title, round(label * 14)), fontsize=8, ha="right", va="center", linespacing=1)
+            ax.text(left - 0.06, middle, titles[title], fontsize=8, ha="right", va="center", linespacing=1)
             for k, image in enumerate(images[:per_class]):
-                rows_, columns_ = image.shape[:2]
-                scale = min(width / columns_, height / rows_) / 2
-                centre = beside + label + k * (width + gap) + width / 2
-                ax.imshow(image, cmap="gray", vmin=0, vmax=255, extent=(centre - scale * columns_, centre + scale * columns_, middle + scale * rows_, middle - scale * rows_))
+                scale = min(width / image.shape[1], height / image.shape[0]) / 2
+                x, y = scale * image.shape[1], scale * image.shape[0]
+                centre = left + k * (width + gap) + width / 2
+                ax.imshow(image, cmap="gray", vmin=0, vmax=255, extent=(centre - x, centre + x, middle + y, middle - y))
             bottom += height + gap
         ax.plot([0.22, 0.22], [top, bottom - gap], "k-" if not number else "k--", lw=1.5)
         ax.text(0.1, (top + bottom - gap) / 2, split, rotation=90, ha="center", va="center", fontsize=9, fontweight="bold")

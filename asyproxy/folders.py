@@ -6,7 +6,7 @@
 __all__ = ['LITTER', 'IMAGES', 'MOST_FILES', 'BOX', 'ROLES', 'BOOLS', 'is_image', 'walk', 'subfolders', 'plain', 'Files', 'Found',
            'found_by_list', 'surplus', 'read_text', 'natural', 'class_folders', 'csv_table']
 
-# %% ../nbs/00d_folders.ipynb #45a867d6
+# %% ../nbs/00d_folders.ipynb #245b558c
 import csv
 import os
 import re
@@ -14,11 +14,12 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_ISREG
 
 import numpy as np
 import pandas as pd
 
-# %% ../nbs/00d_folders.ipynb #d63d5fc1
+# %% ../nbs/00d_folders.ipynb #135bbf0e
 LITTER = {"thumbs.db", "desktop.ini", "@eadir", "__macosx", "$recycle.bin", "lost+found"}
 IMAGES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2"}
 MOST_FILES = 5_000_000
@@ -49,10 +50,14 @@ def walk(
         if place in seen:  # a link that leads back
             continue
         seen.add(place)
-        for name in sorted(files):
-            path = os.path.join(folder, name)
-            if not _litter(name) and os.path.isfile(path):
-                found[Path(path).relative_to(root).as_posix()] = os.path.getsize(path)
+        inside = Path(folder).relative_to(root).as_posix()
+        for name in sorted(name for name in files if not _litter(name)):
+            try:
+                stat = os.stat(os.path.join(folder, name))
+            except OSError:  # a link that leads nowhere
+                continue
+            if S_ISREG(stat.st_mode):
+                found[name if inside == "." else f"{inside}/{name}"] = stat.st_size
         if len(found) > MOST_FILES:
             raise ValueError(f"expected a folder of images, got more than {MOST_FILES:,} files below {root}: name the folder of the data set itself")
     for path in found:

@@ -24,7 +24,7 @@ from .files import write_atomically
 from .folders import BOX, Files, Found, class_folders, csv_table, subfolders, walk
 from .images import read_image
 
-# %% ../nbs/00g_prepare.ipynb #f204651b
+# %% ../nbs/00g_prepare.ipynb #585d864e
 _SCAN = ["bytes", "time", "height", "width", "sha256", "problem"]
 
 
@@ -53,7 +53,7 @@ def scan(
     "Opens the images that are not known, or not as they were."
     old = {} if known is None else {image: tuple(row) for image, *row in known[["image", *_SCAN]].itertuples(index=False)}
     rows = [old.get(image) for image in table["image"]]
-    new = [i for i, (image, row) in enumerate(zip(table["image"], rows)) if row is None or row[:2] != _stat(Path(root, image))]
+    new = [i for i, (image, row) in enumerate(zip(table["image"], rows)) if row is None or row[:2] != _stat(os.path.join(root, image))]
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
         scanned = pool.map(lambda i: _scan_one(root, table["image"].iloc[i]), new)
         for i, row in zip(new, tqdm(scanned, "opening images", total=len(new), mininterval=1, disable=len(new) < 1000)):
@@ -61,9 +61,9 @@ def scan(
     return table.assign(**dict(zip(_SCAN, zip(*rows)))) if rows else table.assign(**{name: [] for name in _SCAN})
 
 
-def _stat(path: Path) -> tuple[int, int] | None:
+def _stat(path: str) -> tuple[int, int] | None:
     try:
-        stat = path.stat()
+        stat = os.stat(path)
         return stat.st_size, stat.st_mtime_ns
     except OSError:
         return None
@@ -105,7 +105,7 @@ def _keep(paths: list[Path], table: pd.DataFrame, about: dict, problems: list[st
             failure = error
     raise OSError(f"expected to write the table to one of {', '.join(map(str, paths))}: {failure}; set ASYPROXY_CACHE to a folder that can be written to")
 
-# %% ../nbs/00g_prepare.ipynb #20f42181
+# %% ../nbs/00g_prepare.ipynb #e1c2c27a
 def _count(table: pd.DataFrame) -> dict[str, tuple[int, int]]:
     return {split: (len(rows), rows["label"].nunique()) for split, rows in table.groupby("split")}
 
@@ -137,7 +137,7 @@ def _twins(table: pd.DataFrame) -> list[str]:
     "A note on files that are the same, byte for byte, under different classes."
     groups = table[table["sha256"].duplicated(keep=False) & (table["problem"] == "")].groupby("sha256")["label"]
     apart = [group for _, group in groups if group.nunique() > 1]
-    return [f"{len(apart)} photos stand in more than one class, such as {' and '.join(table.loc[apart[0].index[:2], 'image'])}"] if apart else []
+    return [f"photos stored under more than one class, byte for byte: {len(apart)}, such as {' and '.join(table.loc[apart[0].index[:2], 'image'])}"] if apart else []
 
 # %% ../nbs/00g_prepare.ipynb #c832131e
 EMBEDDED = {"digits": load_digits, "glyphs": load_glyphs}
