@@ -88,7 +88,7 @@ CAR_NAMES = [f"{make} {model}" for line in _MAKES.strip().splitlines() for make,
 def _letters(name: str) -> str:
     return "".join(c for c in name.casefold() if c.isalnum())
 
-# %% ../nbs/00e_benchmarks.ipynb #0489d174
+# %% ../nbs/00e_benchmarks.ipynb #b57c26c0
 def _annotations(root, path: str, fields: tuple[str, ...]) -> dict[str, list]:
     "The struct `annotations` of a MATLAB file, by field; one row or many. Raises ValueError."
     from scipy.io import loadmat
@@ -125,7 +125,7 @@ def car_combined(files: Files, root) -> Found | None:
     if not (lists := files.called("cars_annos.mat")):
         return None
     fields = _annotations(root, lists[0], ("relative_im_path", *_BOXES, "class"))
-    return found_by_list("combined: cars_annos.mat", _car_table(fields, lists[0], [str(path) for path in fields["relative_im_path"]]), files)
+    return found_by_list("cars_annos.mat (combined)", _car_table(fields, lists[0], [str(path) for path in fields["relative_im_path"]]), files)
 
 
 def car_devkit(files: Files, root) -> Found | None:
@@ -145,7 +145,7 @@ def car_devkit(files: Files, root) -> Found | None:
             raise
         table = _car_table(fields, path, [f"{folder}/{name}" for name in fields["fname"]])
         parts.append(found_by_list("", table, files))
-    return Found("devkit: cars_train_annos.mat and cars_test_annos_withlabels.mat", pd.concat([p.table for p in parts], ignore_index=True), missing=[path for p in parts for path in p.missing])
+    return Found("cars_train_annos.mat and cars_test_annos_withlabels.mat (devkit)", pd.concat([p.table for p in parts], ignore_index=True), missing=[path for p in parts for path in p.missing])
 
 # %% ../nbs/00e_benchmarks.ipynb #062a26c2
 def car_folders(files: Files, root) -> Found | None:
@@ -263,14 +263,14 @@ def cub_folders(files: Files, root) -> Found | None:
         return None
     return Found("folders 001.Name to 200.Name, no list", _cub_rows(pd.DataFrame(max(groups.values(), key=len), columns=["image", "label"])))
 
-# %% ../nbs/00e_benchmarks.ipynb #b0abaadf
+# %% ../nbs/00e_benchmarks.ipynb #a5723dc7
 def sop_lists(files: Files, root) -> Found | None:
     "Ebay_train.txt and Ebay_test.txt."
     lists = {split: files.called(f"Ebay_{split}.txt") for split in ("train", "test")}
     if not any(lists.values()):
         return None
     if absent := [f"Ebay_{split}.txt" for split, paths in lists.items() if not paths]:
-        raise ValueError(f"expected Ebay_train.txt and Ebay_test.txt, {absent[0]} is not there")
+        raise ValueError(f"{absent[0]} is missing")
     rows = [(path, label, split) for split, paths in lists.items() for path, label in _sop_rows(root, paths[0])]
     table = pd.DataFrame(rows, columns=["image", "label", "split"])
     parts = table["image"].str.replace("\\", "/").str.rsplit("/", n=1)
@@ -294,7 +294,7 @@ def _sop_rows(root, path: str) -> list[tuple[str, int]]:
             raise ValueError(f"expected {' '.join(names)} in each row of {path}, got {line!r} in row {number}") from error
     return rows
 
-# %% ../nbs/00e_benchmarks.ipynb #257bfa62
+# %% ../nbs/00e_benchmarks.ipynb #380bbdf3
 def _isc_list(root, path: str) -> list[str]:
     "The lines of a list of this benchmark; ValueError that names the benchmark of another."
     lines = [line.strip() for line in read_text(root, path) if line.strip()]
@@ -335,7 +335,7 @@ def isc_list(files: Files, root) -> Found | None:
         found = high
     declared = int(lines[0]) if lines[0].isdigit() else None
     if declared != len(rows):
-        found.problems.append(f"{path} declares {lines[0]} images and holds {len(rows)} rows; {len(found.missing)} of these are missing on the disk: copy the list again")
+        found.problems.append(f"{path} declares {lines[0]} images and holds {len(rows)} rows, of which {len(found.missing)} photos are missing: it was cut off, copy it again")
     return found
 
 
@@ -354,7 +354,7 @@ def _isc_boxes(table: pd.DataFrame, files: Files, root) -> pd.DataFrame:
             return table.assign(**dict(zip(("left", "top", "right", "bottom"), np.array([boxes[image] for image in table["image"]]).T)))
     return table
 
-# %% ../nbs/00e_benchmarks.ipynb #b0353211
+# %% ../nbs/00e_benchmarks.ipynb #6630b157
 READERS: dict[str, tuple[Callable, ...]] = {"car": (car_combined, car_devkit, car_folders), "cub": (cub_lists, cub_folders), "sop": (sop_lists,), "isc": (isc_list,)}
 _LOOKED = {
     "car": "cars_annos.mat with car_ims/; cars_train_annos.mat and cars_test_annos_withlabels.mat with cars_train/ and cars_test/; or a folder for each class, named like it",
@@ -386,10 +386,12 @@ def find(
         reasons.append(f"{path} is a table of open-metric-learning (data_name own, data_path the file); for {TITLES[data_name]} such tables hold the split for classification")
     for path in files:
         if re.search(r"\.(zip|tar|tgz|tar\.gz|rar|7z)$", path.lower()):
-            reasons.append(f"unpack {path}" + (", which needs the authors' password and is not the resolution of the benchmark: that is img.zip" if "highres" in path.lower() else ""))
-    raise ValueError(f"expected {TITLES[data_name]} below {root}, looked for {_LOOKED[data_name]}. " + ("; ".join(reasons) if reasons else f"Found {len(files.sizes)} files and none of these") + ".")
+            reasons.append(f"unpack {path}" + (", which needs the authors' password, or better img.zip: only that has the resolution of the benchmark" if "highres" in path.lower() else ""))
+    if data_name == "car" and found and any("cars_train/" in path for path in files):
+        reasons.append("cars_train/ belongs to the other edition: add cars_train_annos.mat and cars_test_annos_withlabels.mat")
+    raise ValueError(f"no {TITLES[data_name]} below {root}: {'; '.join(reasons) or f'{len(files.sizes):,} files, none of them a list of it'}. Looked for {_LOOKED[data_name]}.")
 
-# %% ../nbs/00e_benchmarks.ipynb #e3b5a3ed
+# %% ../nbs/00e_benchmarks.ipynb #790687ca
 def load_stl10(
     data_path: str | Path,  # a folder with stl10_binary, in whatever depth
     *,
@@ -408,10 +410,10 @@ def load_stl10(
     folder = Path(data_path).expanduser() / Path(found[0]).parent
     needed = dict(STL10.train_list[:2] + STL10.test_list + [[STL10.class_names_file, None], [STL10.folds_list_file, None]])
     if absent := [name for name in needed if not (folder / name).is_file()]:
-        raise FileNotFoundError(f"expected {', '.join(needed)} in {folder}, {', '.join(absent)} missing")
+        raise FileNotFoundError(f"{', '.join(absent)} missing in {folder}: unpack stl10_binary.tar.gz again")
     others = [name for name, md5 in needed.items() if md5 and not check_integrity(str(folder / name), md5)]
     if others and not allow_incomplete:
-        raise ValueError(f"expected the official files of STL10 in {folder}, got others (by their MD5): {', '.join(others)}; copy them again, or say allow_incomplete")
+        raise ValueError(f"expected the official files of STL10 in {folder}, got others (by their MD5): {', '.join(others)}; unpack stl10_binary.tar.gz again, or accept them with --allow_incomplete (in a run: -p allow_incomplete true)")
 
     class Reader(STL10):
         base_folder = folder.name

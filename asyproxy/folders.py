@@ -162,7 +162,7 @@ def natural(name: str) -> list:
     parts = re.split(r"([0-9]+)", unicodedata.normalize("NFC", name))
     return [(int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts)] + [(-1, name)]
 
-# %% ../nbs/00d_folders.ipynb #ba428fc2
+# %% ../nbs/00d_folders.ipynb #ec62b3c7
 ROLES = {"train": "train", "test": "test", "val": "test", "valid": "test", "validation": "test", "query": "query", "gallery": "gallery"}
 
 
@@ -185,7 +185,7 @@ def class_folders(
     base, paths = _level([path for path in files if is_image(path)])
     inside = [path for path in paths if "/" in path]
     if not inside:
-        raise ValueError("expected a folder for each class with images in it, got " + (f"{len(paths)} images without one" if paths else _nothing(files)))
+        raise ValueError("expected a folder for each class with images in it, got " + (f"{len(paths)} images without one: make a folder for each class and move them in" if paths else _nothing(files)))
     parts = [path.split("/") for path in inside]
     split = _splits(parts)
     rows = pd.DataFrame({"image": [base + path for path in inside], "class_name": [part[bool(split)] for part in parts], "split": [ROLES.get(part[0].lower(), "train") for part in parts]})
@@ -195,7 +195,7 @@ def class_folders(
     if not split:
         chosen = _test_classes(order, test_classes, split_seed)
         rows["split"] = np.where(rows["class_name"].isin(chosen), "test", "train")
-        notes.append(f"{len(chosen)} of {len(order)} classes test, drawn with split_seed {split_seed}" if _share(test_classes) is not None else f"{len(chosen)} of {len(order)} classes test, from a list")
+        notes.append(f"{len(chosen)} of {len(order)} classes test ({_few(sorted(chosen, key=natural))}), " + (f"drawn with split_seed {split_seed}" if _share(test_classes) is not None else "from a list"))
     depth = base.count("/") + bool(split)
     names = {folder.split("/")[depth] for folder in folders if folder.startswith(base) and folder.count("/") >= depth}
     if empty := sorted(names - set(order), key=natural):

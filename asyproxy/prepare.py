@@ -24,7 +24,7 @@ from .files import write_atomically
 from .folders import BOX, Files, Found, class_folders, csv_table, subfolders, walk
 from .images import read_image
 
-# %% ../nbs/00g_prepare.ipynb #585d864e
+# %% ../nbs/00g_prepare.ipynb #6f8b5904
 _SCAN = ["bytes", "time", "height", "width", "sha256", "problem"]
 
 
@@ -42,7 +42,8 @@ def _scan_one(root: Path, image: str) -> tuple:
         read_image(path, crop=whole, least=1)
         return stat.st_size, stat.st_mtime_ns, *size, digest, ""
     except (ValueError, OSError) as error:
-        return 0, 0, 0, 0, "", str(error).replace(f"{root}{os.sep}", "")
+        reason = str(error).replace(f"{root}{os.sep}", "").removeprefix(f"expected an image that Pillow can read, got {image}: ")
+        return 0, 0, 0, 0, "", reason
 
 
 def scan(
@@ -139,7 +140,7 @@ def _twins(table: pd.DataFrame) -> list[str]:
     apart = [group for _, group in groups if group.nunique() > 1]
     return [f"photos stored under more than one class, byte for byte: {len(apart)}, such as {' and '.join(table.loc[apart[0].index[:2], 'image'])}"] if apart else []
 
-# %% ../nbs/00g_prepare.ipynb #c832131e
+# %% ../nbs/00g_prepare.ipynb #d06000e7
 EMBEDDED = {"digits": load_digits, "glyphs": load_glyphs}
 DATA_SETS = (*EMBEDDED, *READERS, "own", "stl10")
 
@@ -158,7 +159,7 @@ def load_data(
     "Raises ValueError or FileNotFoundError that says what was expected, what is there and what to do."
     if data_name not in DATA_SETS:
         near = get_close_matches(str(data_name), DATA_SETS, n=1)
-        raise ValueError(f"expected data_name to be one of {', '.join(DATA_SETS)}, got {data_name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        raise ValueError(f"no data set {data_name!r}" + (f", did you mean {near[0]}?" if near else ",") + f" expected one of {', '.join(DATA_SETS)}")
     if cropped and data_name in (*EMBEDDED, "sop", "stl10"):
         raise ValueError(f"expected cropped for data with boxes (car, cub, isc, own), {data_name} has none")
     if data_name in EMBEDDED:
@@ -218,15 +219,15 @@ def _checked(data_name: str, root: Path, name: str, found: Found, *, cropped: bo
     kept = _keep(paths, table, {**about, "fingerprint": data and data.fingerprint()},
                  incomplete + [f"missing: {path}" for path in found.missing] + [f"unreadable: {one}" for one in unreadable] + [f"surplus: {path}" for path in found.surplus])
     if refusal:
-        raise ValueError(f"{TITLES.get(data_name, 'the data')} below {root} ({found.layout}): {'; '.join([*incomplete, *unreadable[:3]])}. {refusal} All of it is listed in {kept.with_name(kept.stem + '-problems.txt')}")
+        raise ValueError(f"{TITLES.get(data_name, 'the images')} below {root} ({found.layout}): {'; '.join([*incomplete, *unreadable[:3]])}. {refusal} All of it is listed in {kept.with_name(kept.stem + '-problems.txt')}")
     return build_cache(data) if cache else data
 
 
 def _refusal(incomplete: list[str], bad: pd.Series, allow_incomplete: bool, skip_unreadable: bool) -> str:
     "What the user can do, or nothing where what is wrong was allowed."
-    said = "Complete it, or say allow_incomplete (every record will say so too). " if incomplete and not allow_incomplete else ""
+    said = "Complete it, or accept it with --allow_incomplete (in a run: -p allow_incomplete true); every record will say so. " if incomplete and not allow_incomplete else ""
     if bad.any() and not skip_unreadable:
-        said += f"{bad.sum():,} of {len(bad):,} images cannot be used: copy them again, or say skip_unreadable. "
+        said += f"{bad.sum():,} of {len(bad):,} images cannot be used: copy them again, or leave them out with --skip_unreadable (in a run: -p skip_unreadable true). "
     return said.strip()
 
 
@@ -238,7 +239,7 @@ def _usable(data_name: str, root: Path, table: pd.DataFrame, about: dict) -> Ima
     columns = [c for c in ("image", "label", "class_name", "split", *BOX, "height", "width", "sha256") if c in table]
     return ImageData(data_name, table[columns].reset_index(drop=True), root=root, about=about)
 
-# %% ../nbs/00g_prepare.ipynb #868891ca
+# %% ../nbs/00g_prepare.ipynb #344e70bc
 def report(
     data: ImageData,
     data_path: str = "",  # for the command at the end
@@ -251,9 +252,10 @@ def report(
     width = [max(len(str(row[i])) for row in [*rows, ("split", "images", "classes", "official")[: len(rows[0])]]) for i in range(len(rows[0]))]
     lines = ["  ".join(str(cell).rjust(w) if i else str(cell).ljust(w) for i, (cell, w) in enumerate(zip(row, width))) for row in [("split", "images", "classes", "official")[: len(rows[0])], *rows]]
     about = data.about
-    wrong = about.get("incomplete", []) + ([f"{len(about['skipped']):,} images left out, such as {about['skipped'][0]}"] if about.get("skipped") else [])
-    state = "complete" if about.get("complete", True) else "NOT complete, which was allowed: " + ("; ".join(wrong) or "not the official files")
-    said = [f"{TITLES.get(data.name, data.name)}: {about.get('layout', 'embedded')}", *lines, state, f"fingerprint {print_['sha256'][:16]}"]
+    wrong = [one for one in about.get("incomplete", []) if "official are" not in one] + ([f"{len(about['skipped']):,} images left out, such as {about['skipped'][0]}"] if about.get("skipped") else [])
+    state = "complete" if about.get("complete", True) else "NOT complete, which was allowed: " + ("; ".join(wrong) or ("the counts are not the official ones" if data.name in OFFICIAL else "not the official files"))
+    title = {"own": "your images", **TITLES}.get(data.name, data.name)
+    said = [f"{title}, found by {about['layout']}" if "layout" in about else f"{title}, embedded", *lines, state, f"fingerprint {print_['sha256'][:16]}"]
     said += [f"note: {note}" for note in about.get("notes", [])]
     said += [f"{about['surplus']:,} other images beside them are not used"] if about.get("surplus") else []
     settings = {"backbone_type": "resnet50", "batch_size": 128, "num_epochs": 30, **PROTOCOL.get(data.name, {})} if data.name in PROTOCOL else {}
