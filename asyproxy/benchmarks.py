@@ -182,7 +182,7 @@ def _car_boxes(files: Files, root) -> pd.DataFrame | None:
                 raise ValueError(f"expected rows of file, x1, y1, x2, y2, class in {path}: {error}") from error
     return pd.concat(parts, ignore_index=True) if len(parts) == 2 else None
 
-# %% ../nbs/00e_benchmarks.ipynb #7f850bbe
+# %% ../nbs/00e_benchmarks.ipynb #b78e530e
 def _pairs(root, path: str) -> dict[str, str]:
     "id -> the rest of the line. Raises ValueError on a line without both, or an id given twice."
     pairs = {}
@@ -229,10 +229,9 @@ def cub_lists(files: Files, root) -> Found | None:
 
 
 def _whole(text: str, path: str) -> int:
-    try:
-        return int(text)
-    except ValueError as error:
-        raise ValueError(f"expected whole numbers as classes in {path}, got {text!r}") from error
+    if not re.fullmatch("[0-9]{1,9}", text):  # int() takes more for a number than a list means
+        raise ValueError(f"expected whole numbers as classes in {path}, got {text!r}")
+    return int(text)
 
 
 def _cub_box(text: str, path: str) -> tuple[float, ...]:
@@ -263,7 +262,7 @@ def cub_folders(files: Files, root) -> Found | None:
         return None
     return Found("folders 001.Name to 200.Name, no list", _cub_rows(pd.DataFrame(max(groups.values(), key=len), columns=["image", "label"])))
 
-# %% ../nbs/00e_benchmarks.ipynb #a5723dc7
+# %% ../nbs/00e_benchmarks.ipynb #2cee6de4
 def sop_lists(files: Files, root) -> Found | None:
     "Ebay_train.txt and Ebay_test.txt."
     lists = {split: files.called(f"Ebay_{split}.txt") for split in ("train", "test")}
@@ -275,7 +274,11 @@ def sop_lists(files: Files, root) -> Found | None:
     table = pd.DataFrame(rows, columns=["image", "label", "split"])
     parts = table["image"].str.replace("\\", "/").str.rsplit("/", n=1)
     table["class_name"] = [f"{part[0].rpartition('/')[2].removesuffix('_final')} {part[-1].rpartition('_')[0]}".strip() for part in parts]
-    return found_by_list("Ebay_train.txt and Ebay_test.txt", table.astype({"label": np.int64}), files)
+    found = found_by_list("Ebay_train.txt and Ebay_test.txt", table.astype({"label": np.int64}), files)
+    product = parts.str[-1].str.rpartition("_")[0]
+    if mixed := int((product.groupby(table["label"]).nunique() > 1).sum() + (table["label"].groupby(product).nunique() > 1).sum()):
+        found.problems.append(f"Ebay_train.txt and Ebay_test.txt mix products up: {mixed} classes or products (the name of a file up to its last _) do not go one with one; copy them again")
+    return found
 
 
 def _sop_rows(root, path: str) -> list[tuple[str, int]]:
@@ -287,14 +290,13 @@ def _sop_rows(root, path: str) -> list[tuple[str, int]]:
     rows = []
     for number, line in enumerate(lines[1:], 2):
         values = line.split(maxsplit=3)
-        values = values[1:] if len(names) == 3 else values
-        try:
-            rows.append((values[names.index("path")].strip(), int(values[names.index("class_id")])))
-        except (IndexError, ValueError) as error:
-            raise ValueError(f"expected {' '.join(names)} in each row of {path}, got {line!r} in row {number}") from error
+        values = values[1:] if len(values) == len(names) + 1 and names[0] != "image_id" else values
+        if len(values) != len(names):
+            raise ValueError(f"expected {' '.join(names)} in each row of {path}, got {line!r} in row {number}")
+        rows.append((values[names.index("path")].strip(), _whole(values[names.index("class_id")], f"{path}, row {number}")))
     return rows
 
-# %% ../nbs/00e_benchmarks.ipynb #380bbdf3
+# %% ../nbs/00e_benchmarks.ipynb #3f568b6b
 def _isc_list(root, path: str) -> list[str]:
     "The lines of a list of this benchmark; ValueError that names the benchmark of another."
     lines = [line.strip() for line in read_text(root, path) if line.strip()]
@@ -322,8 +324,8 @@ def isc_list(files: Files, root) -> Found | None:
         return None
     rows = [line.rsplit(None, 2) for line in lines[2:]]
     for number, row in enumerate(rows, 3):
-        if len(row) != 3 or row[2] not in ("train", "query", "gallery") or not re.fullmatch(r"id_[0-9]+", row[1]):
-            raise ValueError(f"expected a path, an item such as id_00000002 and train, query or gallery in {path}, got {' '.join(row)!r} in line {number}")
+        if len(row) != 3 or row[2] not in ("train", "query", "gallery") or not re.fullmatch(r"id_[0-9]{1,9}", row[1]) or re.findall(r"id_[0-9]+", row[0])[-1:] not in ([], row[1:2]):
+            raise ValueError(f"expected a path, the item in it such as id_00000002 and train, query or gallery in {path}, got {' '.join(row)!r} in line {number}")
     table = pd.DataFrame(rows, columns=["image", "class_name", "split"])
     table.insert(1, "label", table["class_name"].str.removeprefix("id_").astype(np.int64))
     table = _isc_boxes(table, files, root)
@@ -333,7 +335,7 @@ def isc_list(files: Files, root) -> Found | None:
         high.notes.append("img_highres is not the resolution of the benchmark (img.zip, 256 pixels): numbers are not comparable, and boxes do not fit")
         high.table = high.table.drop(columns=["left", "top", "right", "bottom"], errors="ignore")
         found = high
-    declared = int(lines[0]) if lines[0].isdigit() else None
+    declared = int(lines[0]) if re.fullmatch("[0-9]{1,9}", lines[0]) else None
     if declared != len(rows):
         found.problems.append(f"{path} declares {lines[0]} images and holds {len(rows)} rows, of which {len(found.missing)} photos are missing: it was cut off, copy it again")
     return found

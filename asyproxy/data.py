@@ -29,7 +29,7 @@ from tqdm import tqdm
 from .files import load_tensors, save_tensors
 from .images import random_crop, read_image
 
-# %% ../nbs/00_data.ipynb #cb4be426
+# %% ../nbs/00_data.ipynb #5aff79aa
 SPLITS = ("train", "test", "query", "gallery")
 
 
@@ -41,8 +41,8 @@ def check_table(
         raise ValueError(f"expected the columns image, label, class_name and split; {', '.join(missing)} missing from {list(table)}")
     if not pd.api.types.is_integer_dtype(table["label"]):
         raise ValueError(f"expected integer labels, got {table['label'].dtype}")
-    if unknown := sorted(set(table["split"]) - set(SPLITS)):
-        raise ValueError(f"expected splits among {', '.join(SPLITS)}, got {', '.join(map(str, unknown))}")
+    if unknown := sorted(map(str, set(table["split"]) - set(SPLITS))):
+        raise ValueError(f"expected splits among {', '.join(SPLITS)}, got {', '.join(unknown)}")
     if "train" not in set(table["split"]):
         raise ValueError(f"expected at least one image in the split 'train', got {sorted(set(table['split']))}")
     if len(twice := table["image"][table["image"].duplicated()]):

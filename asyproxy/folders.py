@@ -6,8 +6,9 @@
 __all__ = ['LITTER', 'IMAGES', 'MOST_FILES', 'BOX', 'ROLES', 'BOOLS', 'is_image', 'walk', 'subfolders', 'plain', 'Files', 'Found',
            'found_by_list', 'surplus', 'read_text', 'natural', 'class_folders', 'csv_table']
 
-# %% ../nbs/00d_folders.ipynb #245b558c
+# %% ../nbs/00d_folders.ipynb #e57449b0
 import csv
+import io
 import os
 import re
 import unicodedata
@@ -19,7 +20,7 @@ from stat import S_ISREG
 import numpy as np
 import pandas as pd
 
-# %% ../nbs/00d_folders.ipynb #135bbf0e
+# %% ../nbs/00d_folders.ipynb #26826acb
 LITTER = {"thumbs.db", "desktop.ini", "@eadir", "__macosx", "$recycle.bin", "lost+found"}
 IMAGES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2"}
 MOST_FILES = 5_000_000
@@ -61,8 +62,8 @@ def walk(
         if len(found) > MOST_FILES:
             raise ValueError(f"expected a folder of images, got more than {MOST_FILES:,} files below {root}: name the folder of the data set itself")
     for path in found:
-        if not path.isprintable() or any("\ud800" <= c <= "\udfff" for c in path):
-            raise ValueError(f"expected file names that are text (UTF-8, without line breaks), got {path!r} below {root}: rename it")
+        if {"Cc", "Cs", "Zl", "Zp"} & set(map(unicodedata.category, path)):
+            raise ValueError(f"expected file names that are text (UTF-8, without line breaks or control characters), got {path!r} below {root}: rename it")
     return found
 
 def subfolders(root: str | Path) -> list[str]:
@@ -70,7 +71,7 @@ def subfolders(root: str | Path) -> list[str]:
     found = [Path(folder).relative_to(root).as_posix() for folder, _, _ in os.walk(root)]
     return sorted(path for path in found if path != "." and not any(map(_litter, path.split("/"))))
 
-# %% ../nbs/00d_folders.ipynb #75c3361e
+# %% ../nbs/00d_folders.ipynb #6b6643a6
 def plain(path: str) -> str:
     "A path without what differs between systems: slashes, case and Unicode forms."
     return unicodedata.normalize("NFC", path.replace("\\", "/").removeprefix("./")).casefold()
@@ -90,8 +91,7 @@ class Files:
 
     def find(self, path: str) -> str | None:
         "The file of that path."
-        path = path.strip()
-        for exact in (path, path.replace("\\", "/").removeprefix("./")):
+        for exact in (path, path := path.strip(), path.replace("\\", "/").removeprefix("./")):
             if exact in self.sizes:
                 return exact
         alike = self.plain.get(plain(path), [])
@@ -111,7 +111,7 @@ class Files:
         "Files of one of these names, in whatever folder, the shortest path first."
         return sorted((file for name in names for file in self.named.get(plain(name), ())), key=lambda file: (len(file), file))
 
-# %% ../nbs/00d_folders.ipynb #454af2f4
+# %% ../nbs/00d_folders.ipynb #42b8eb57
 BOX = ["left", "top", "right", "bottom"]
 
 
@@ -134,7 +134,7 @@ def found_by_list(
 ) -> Found:
     "Looks for the files of a list."
     base = files.base(rows["image"].tolist())
-    paths = [files.find((base or "") + path) for path in rows["image"]]
+    paths = [files.find((base or "") + path.removeprefix("./").removeprefix(".\\")) for path in rows["image"]]
     there = np.array([path is not None for path in paths], bool)
     table = rows[there].assign(image=[path for path in paths if path is not None]).reset_index(drop=True)
     return Found(layout, table, missing=rows["image"][~there].tolist(), **more)
@@ -151,8 +151,12 @@ def surplus(table: pd.DataFrame, files: Files) -> list[str]:
 
 def read_text(root: str | Path, path: str) -> list[str]:
     "The lines of a list, without a byte order mark. Raises ValueError where it is no text."
+    return _text(root, path).splitlines()
+
+
+def _text(root: str | Path, path: str) -> str:
     try:
-        return Path(root, path).read_text(encoding="utf-8-sig").splitlines()
+        return Path(root, path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"expected text in UTF-8, got {Path(root, path)}: {error}") from error
 
@@ -162,7 +166,7 @@ def natural(name: str) -> list:
     parts = re.split(r"([0-9]+)", unicodedata.normalize("NFC", name))
     return [(int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts)] + [(-1, name)]
 
-# %% ../nbs/00d_folders.ipynb #ec62b3c7
+# %% ../nbs/00d_folders.ipynb #c3389824
 ROLES = {"train": "train", "test": "test", "val": "test", "valid": "test", "validation": "test", "query": "query", "gallery": "gallery"}
 
 
@@ -178,7 +182,7 @@ def _level(paths: list[str]) -> tuple[str, list[str]]:
 def class_folders(
     files: Files,
     folders: list[str],  # every folder of the root, to name those without an image
-    test_classes: str = "0.5",  # share of the classes that test, or the names of those classes
+    test_classes: float | list[str] = 0.5,  # share of the classes that test, or the names of those classes
     split_seed: int = 0,
 ) -> Found:
     "One class a folder. Raises ValueError where classes cannot be told apart or the split cannot be made."
@@ -195,7 +199,7 @@ def class_folders(
     if not split:
         chosen = _test_classes(order, test_classes, split_seed)
         rows["split"] = np.where(rows["class_name"].isin(chosen), "test", "train")
-        notes.append(f"{len(chosen)} of {len(order)} classes test ({_few(sorted(chosen, key=natural))}), " + (f"drawn with split_seed {split_seed}" if _share(test_classes) is not None else "from a list"))
+        notes.append(f"{len(chosen)} of {len(order)} classes test ({_few(sorted(chosen, key=natural))}), " + ("from a list" if isinstance(test_classes, list) else f"drawn with split_seed {split_seed}"))
     depth = base.count("/") + bool(split)
     names = {folder.split("/")[depth] for folder in folders if folder.startswith(base) and folder.count("/") >= depth}
     if empty := sorted(names - set(order), key=natural):
@@ -238,37 +242,30 @@ def _order(names: pd.Series) -> list[str]:
     return order
 
 
-def _share(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def _test_classes(order: list[str], test_classes: str, split_seed: int) -> list[str]:
-    "The classes that test. `test_classes` is a share, or names separated by line breaks."
-    share = _share(test_classes)
-    if share is None:
-        wanted = [line.strip() for line in test_classes.splitlines() if line.strip()]
+def _test_classes(order: list[str], test_classes: float | list[str], split_seed: int) -> list[str]:
+    "The classes that test."
+    if isinstance(test_classes, list):
         known = {unicodedata.normalize("NFC", name): name for name in order}
-        if unknown := [name for name in wanted if unicodedata.normalize("NFC", name) not in known]:
+        wanted = [next((n for n in (unicodedata.normalize("NFC", name), unicodedata.normalize("NFC", name.strip())) if n in known), name) for name in test_classes if name.strip()]
+        if unknown := [name for name in wanted if name not in known]:
             raise ValueError(f"expected names of classes in the list of test classes, got {len(unknown)} others, such as {unknown[0]}; classes are {_few(order)}")
-        chosen = [known[unicodedata.normalize("NFC", name)] for name in dict.fromkeys(wanted)]
+        chosen = [known[name] for name in dict.fromkeys(wanted)]
     else:
-        if not 0 < share < 1:
+        if not 0 < test_classes < 1:
             raise ValueError(f"expected test_classes to be a share in (0, 1), or a file with a class a line, got {test_classes}")
-        chosen = np.random.default_rng(split_seed).permutation(order)[: round(share * len(order))].tolist()
+        chosen = np.random.default_rng(split_seed).permutation(order)[: round(test_classes * len(order))].tolist()
     if not 1 <= len(chosen) <= len(order) - 1:
-        raise ValueError(f"expected classes to train on and classes to test, got {len(order) - len(chosen)} and {len(chosen)} of {len(order)} (test_classes {test_classes.splitlines()[0]})")
+        raise ValueError(f"expected classes to train on and classes to test, got {len(order) - len(chosen)} and {len(chosen)} of {len(order)}"
+                         + (": name at least one class in the list, and not all" if isinstance(test_classes, list) else f" (test_classes {test_classes})"))
     return chosen
 
-# %% ../nbs/00d_folders.ipynb #7973056b
+# %% ../nbs/00d_folders.ipynb #6eacedcb
 BOOLS = {"true": True, "1": True, "1.0": True, "yes": True, "t": True, "false": False, "0": False, "0.0": False, "no": False, "f": False, "": False, "nan": False, "none": False}
 
 
-def _cells(lines: list[str], name: str) -> pd.DataFrame:
+def _cells(text: str, name: str) -> pd.DataFrame:
     "The rows as text. Raises ValueError on a row of another length, a column that is missing or named twice."
-    rows = [row for row in csv.reader(lines, skipinitialspace=True, strict=True) if row]
+    rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
     names = [cell.strip() for cell in rows[0]] if rows else []
     if missing := [column for column in ("path", "label", "split", "is_query", "is_gallery") if column not in names]:
         raise ValueError(f"expected the columns path, label, split, is_query and is_gallery in {name}, got {', '.join(names) or 'no line'}; {', '.join(missing)} missing")
@@ -286,7 +283,7 @@ def csv_table(
 ) -> Found:
     "Raises ValueError that names the first row that cannot be right."
     try:
-        cells = _cells(read_text(root, path), path)
+        cells = _cells(_text(root, path), path)
     except csv.Error as error:
         raise ValueError(f"expected a CSV file, got {path}: {error}") from error
 
@@ -341,9 +338,11 @@ def _boxes(cells: pd.DataFrame, refuse) -> dict | None:
 
 
 def _place(rows: pd.DataFrame, files: Files, root, path: str, notes: list[str]) -> Found:
-    "Paths are absolute, or start from the folder of the CSV or one below the root."
+    "Paths are absolute, or start from the folder of the CSV or one below the root; an absolute one below it is the same file as the relative one."
     absolute = rows["image"].map(os.path.isabs).to_numpy()
     relative = found_by_list("", rows[~absolute], files) if (~absolute).any() else None
-    there = rows["image"].map(os.path.isfile).to_numpy() & absolute
-    tables = [rows[there]] + ([relative.table] if relative else [])
-    return Found(f"table of open-metric-learning {path}", pd.concat(tables, ignore_index=True), notes=notes, missing=rows["image"][absolute & ~there].tolist() + (relative.missing if relative else []))
+    top = Path(root).absolute()
+    fixed = rows[absolute].assign(image=[os.path.relpath(path, top) if Path(path).is_relative_to(top) else path for path in rows["image"][absolute]])
+    there = np.array([os.path.isfile(top / path) for path in fixed["image"]], bool)
+    tables = [fixed[there]] + ([relative.table] if relative else [])
+    return Found(f"table of open-metric-learning {path}", pd.concat(tables, ignore_index=True), notes=notes, missing=fixed["image"][~there].tolist() + (relative.missing if relative else []))

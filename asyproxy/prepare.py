@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EMBEDDED', 'DATA_SETS', 'scan', 'table_paths', 'load_data', 'report']
 
-# %% ../nbs/00g_prepare.ipynb #4d94f8db
+# %% ../nbs/00g_prepare.ipynb #d4073e59
 import hashlib
 import os
 import shlex
@@ -21,7 +21,7 @@ from .benchmarks import OFFICIAL, PROTOCOL, READERS, TITLES, find, load_stl10
 from .cache import build_cache
 from .data import SPLITS, ImageData, cache_folder, load_digits, load_glyphs
 from .files import write_atomically
-from .folders import BOX, Files, Found, class_folders, csv_table, subfolders, walk
+from .folders import BOX, Files, Found, class_folders, csv_table, read_text, subfolders, walk
 from .images import read_image
 
 # %% ../nbs/00g_prepare.ipynb #6f8b5904
@@ -140,7 +140,7 @@ def _twins(table: pd.DataFrame) -> list[str]:
     apart = [group for _, group in groups if group.nunique() > 1]
     return [f"photos stored under more than one class, byte for byte: {len(apart)}, such as {' and '.join(table.loc[apart[0].index[:2], 'image'])}"] if apart else []
 
-# %% ../nbs/00g_prepare.ipynb #d06000e7
+# %% ../nbs/00g_prepare.ipynb #45e99d8c
 EMBEDDED = {"digits": load_digits, "glyphs": load_glyphs}
 DATA_SETS = (*EMBEDDED, *READERS, "own", "stl10")
 
@@ -191,16 +191,15 @@ def _find(data_name: str, root: Path, test_classes: str, split_seed: int) -> tup
         raise
 
 
-def _class_list(test_classes: str) -> str:
-    "A share as it is, or what the file of that name holds."
+def _class_list(test_classes: str) -> float | list[str]:
+    "A share, or the lines of the file of that name."
     try:
-        float(test_classes)
-        return test_classes
+        return float(test_classes)
     except ValueError:
         path = Path(test_classes).expanduser()
         if not path.is_file():
             raise ValueError(f"expected test_classes to be a share in (0, 1), or a file with a class a line, got {test_classes!r}") from None
-        return path.read_text(encoding="utf-8-sig")
+        return read_text(path.parent, path.name)
 
 
 def _checked(data_name: str, root: Path, name: str, found: Found, *, cropped: bool, allow_incomplete: bool, skip_unreadable: bool, cache: bool) -> ImageData:
@@ -232,12 +231,12 @@ def _refusal(incomplete: list[str], bad: pd.Series, allow_incomplete: bool, skip
 
 
 def _usable(data_name: str, root: Path, table: pd.DataFrame, about: dict) -> ImageData:
-    "Raises ValueError where nothing could be tested."
+    "In one order for all forms, so that a seed means the same images in all of them. Raises ValueError where nothing could be tested."
     splits = set(table["split"])
     if "test" not in splits and not {"query", "gallery"} <= splits:
         raise ValueError(f"expected images to train on and images to test on (or queries and a gallery), got only {', '.join(sorted(splits)) or 'none'}")
     columns = [c for c in ("image", "label", "class_name", "split", *BOX, "height", "width", "sha256") if c in table]
-    return ImageData(data_name, table[columns].reset_index(drop=True), root=root, about=about)
+    return ImageData(data_name, table.sort_values(["label", "sha256", "image"], ignore_index=True)[columns], root=root, about=about)
 
 # %% ../nbs/00g_prepare.ipynb #344e70bc
 def report(
