@@ -238,23 +238,22 @@ def _usable(data_name: str, root: Path, table: pd.DataFrame, about: dict) -> Ima
     columns = [c for c in ("image", "label", "class_name", "split", *BOX, "height", "width", "sha256") if c in table]
     return ImageData(data_name, table.sort_values(["label", "sha256", "image"], ignore_index=True)[columns], root=root, about=about)
 
-# %% ../nbs/00g_prepare.ipynb #344e70bc
+# %% ../nbs/00g_prepare.ipynb #801a40a7
 def report(
     data: ImageData,
     data_path: str = "",  # for the command at the end
     options: str = "",  # for the command at the end, such as "-p cropped true"
 ) -> str:
     "Counts beside the official ones, what was passed over, the fingerprint, and the command that trains on the images."
-    print_ = data.fingerprint()
-    splits = [split for split in SPLITS if split in print_]
-    rows = [(split, *(f"{print_[split][key]:,}" for key in ("images", "classes")), *("{:,} / {:,}".format(*OFFICIAL[data.name][split]) for _ in [0] if data.name in OFFICIAL)) for split in splits]
-    width = [max(len(str(row[i])) for row in [*rows, ("split", "images", "classes", "official")[: len(rows[0])]]) for i in range(len(rows[0]))]
-    lines = ["  ".join(str(cell).rjust(w) if i else str(cell).ljust(w) for i, (cell, w) in enumerate(zip(row, width))) for row in [("split", "images", "classes", "official")[: len(rows[0])], *rows]]
+    counts = data.fingerprint()
+    table = pd.DataFrame([{"split": split, **{key: f"{count:,}" for key, count in counts[split].items()}} for split in SPLITS if split in counts])
+    if data.name in OFFICIAL:
+        table["official"] = ["{:,} / {:,}".format(*OFFICIAL[data.name].get(split, (0, 0))) for split in table["split"]]
     about = data.about
     wrong = [one for one in about.get("incomplete", []) if "official are" not in one] + ([f"{len(about['skipped']):,} images left out, such as {about['skipped'][0]}"] if about.get("skipped") else [])
     state = "complete" if about.get("complete", True) else "NOT complete, which was allowed: " + ("; ".join(wrong) or ("the counts are not the official ones" if data.name in OFFICIAL else "not the official files"))
     title = {"own": "your images", **TITLES}.get(data.name, data.name)
-    said = [f"{title}, found by {about['layout']}" if "layout" in about else f"{title}, embedded", *lines, state, f"fingerprint {print_['sha256'][:16]}"]
+    said = [f"{title}, found by {about['layout']}" if "layout" in about else f"{title}, embedded", table.to_string(index=False), state, f"fingerprint {counts['sha256'][:16]}"]
     said += [f"note: {note}" for note in about.get("notes", [])]
     said += [f"{about['surplus']:,} other images beside them are not used"] if about.get("surplus") else []
     settings = {"backbone_type": "resnet50", "batch_size": 128, "num_epochs": 30, **PROTOCOL.get(data.name, {})} if data.name in PROTOCOL else {}
