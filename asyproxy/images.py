@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['FORMATS', 'read_image', 'random_crop']
 
-# %% ../nbs/00b_images.ipynb #d19eea79
+# %% ../nbs/00b_images.ipynb #14670082
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageCms
+from simplejpeg import decode_jpeg
 from torchvision.transforms import RandomResizedCrop
 
 # %% ../nbs/00b_images.ipynb #2fe55e49
@@ -44,7 +45,7 @@ def _rgb(
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")
 
-# %% ../nbs/00b_images.ipynb #cde8100f
+# %% ../nbs/00b_images.ipynb #74edbd54
 Image.init()
 FORMATS = sorted(Image.OPEN.keys() - {"EPS"}, key=lambda name: name not in ("JPEG", "PNG"))  # EPS is a program, which Pillow has Ghostscript run
 
@@ -68,6 +69,16 @@ def read_image(
         raise ValueError(f"expected an image that Pillow can read, got {path}: {error}") from error
 
 
+def _jpeg(image: Image.Image) -> np.ndarray | None:
+    "The pixels of a JPEG without Pillow's copies of them; None where anything is unusual, so that Pillow alone decides what can be read."
+    image.fp.seek(0)
+    try:
+        pixels = decode_jpeg(image.fp.read(), strict=True)
+    except ValueError:
+        return None
+    return pixels if pixels.shape == (image.height, image.width, 3) else None
+
+
 def _pixels(image: Image.Image, crop, least: int) -> torch.Tensor:
     turn, kind = _orientation(image), image.format
     width, height = image.size[::-1] if turn >= 5 else image.size
@@ -77,6 +88,8 @@ def _pixels(image: Image.Image, crop, least: int) -> torch.Tensor:
         scale *= 2
     if scale > 1:
         image.draft(image.mode, (width // scale, height // scale))
+    elif turn == 1 and kind == "JPEG" and image.mode == "RGB" and (whole := _jpeg(image)) is not None:
+        return torch.from_numpy(whole[top : top + rows, left : left + columns]).permute(2, 0, 1)
     if turn != 1:
         image = image.transpose(_TURNS[turn])
     image = image.crop([round(edge / scale) for edge in (left, top, left + columns, top + rows)])

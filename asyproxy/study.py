@@ -177,11 +177,11 @@ def run_id(study: str, parameters: dict) -> str:
     names = [str(parameters[name]) for name in ("data_name", "backbone_type", "loss", "feature_dim", "seed") if name in parameters]
     return "-".join([study, *names, digest])
 
-# %% ../nbs/07_study.ipynb #34141d75
+# %% ../nbs/07_study.ipynb #0779d55c
 def environment() -> dict:
     "Versions, machine and commit."
     versions = {"python": platform.python_version()}
-    for package in ("asyproxy", "torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn", "pandas", "matplotlib", "papermill"):
+    for package in ("asyproxy", "torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg", "scikit-learn", "pandas", "matplotlib", "papermill"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
