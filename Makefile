@@ -15,6 +15,7 @@ test: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/asyproxy run input_pipeline
+	$(BIN)/asyproxy run evaluation_speed
 
 lab: $(VENV)/ready
 	$(BIN)/jupyter lab nbs

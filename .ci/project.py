@@ -24,6 +24,7 @@ SMALLEST = {  # in this order: the report reads the records of the others
     "toy": {"num_epochs": 2, "seeds": 1, "temperatures": "0.1", "momenta": "0.5"},
     "benchmark": {**DIGITS, "backbone_type": "convnet", "weights": "random", "feature_dim": 8, "lr": 0.001, "num_epochs": 2, "validation": 0.3, "oracle": True},
     "input_pipeline": {"images": 8, "rounds": 1, "batch_size": 4},
+    "evaluation_speed": {"sizes": "cub", "scale": "1000,2000", "rounds": 1},
     "report": DIGITS,
 }
 # A test sees no GPU, no hub and none of the user's own results.

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'MARKERS', 'NAMES', 'LOSSES', 'GREEN', 'RED', 'use_style', 'save_figure', 'unit_circle', 'circles',
            'proxy_paths', 'save_film', 'sweep', 'training_curves', 'recall_bars', 'retrieval_gallery', 'contact_sheet',
-           'method_schematic']
+           'scaling', 'method_schematic']
 
 # %% ../nbs/06_figures.ipynb #a2c971ca
 import textwrap
@@ -260,6 +260,23 @@ def contact_sheet(
     ax.set_axis_off()
     ax.set_position((0, 0, 1, 1))
     figure.set_size_inches(right, bottom)
+    return figure
+
+# %% ../nbs/06_figures.ipynb #e8c98ecd
+def scaling(
+    runs,  # DataFrame: one row a measurement, with the columns method, n, seconds and memory_mb
+) -> plt.Figure:
+    "Two panels, one line a method."
+    figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.7), layout="constrained")
+    for ax, (column, label) in zip(axes, {"seconds": "seconds", "memory_mb": "memory beyond the embeddings (MB)"}.items()):
+        for i, (method, group) in enumerate(runs.groupby("method", sort=False)):
+            group = group.sort_values("n")
+            n, values = group["n"].to_numpy(float), group[column].clip(lower=1e-3).to_numpy(float)
+            large = n >= np.median(n)
+            slope = np.polyfit(np.log(n[large]), np.log(values[large]), 1)[0] if large.sum() > 1 else np.nan
+            ax.plot(n, values, MARKERS[i] + ("-", "--", ":", "-.")[i % 4], color=COLOURS[i], ms=4, mfc="white", label=f"{method}: $N^{{{slope:.1f}}}$")
+        ax.set(xlabel="images N", ylabel=label, xscale="log", yscale="log")
+        ax.legend(fontsize=6.5)
     return figure
 
 # %% ../nbs/06_figures.ipynb #f0762955

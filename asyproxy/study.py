@@ -25,7 +25,7 @@ from pathlib import Path
 
 from .files import write_atomically
 
-# %% ../nbs/07_study.ipynb #b6e6991c
+# %% ../nbs/07_study.ipynb #cb62db18
 def numbers(
     text: str,  # such as "1,2,4,8"
     kind: type = int,
@@ -47,6 +47,8 @@ RULES = {  # name: (type, test, what is expected)
     "cache": (bool, lambda v: True, "true or false"),
     "images": (int, lambda v: v >= 3, "at least 3"),
     "rounds": (int, lambda v: v >= 1, "at least 1"),
+    "sizes": (str, lambda v: all(name in ("cub", "car", "isc", "sop") for name in v.split(",")), "names among cub, car, isc, sop separated by commas"),
+    "scale": (str, lambda v: all(n >= 1000 for n in numbers(v)), "whole numbers from 1000 separated by commas"),
     "data_name": (str, bool, "the name of a data set"),
     "backbone_type": (str, bool, "the name of a backbone"),
     "weights": (str, bool, '"pretrained", "random" or a file'),
