@@ -196,16 +196,22 @@ def _find(levels, low, high, value):
             high = middle
     return low
 
-# %% ../nbs/03a_counting.ipynb #fad7d1fd
+# %% ../nbs/03a_counting.ipynb #b8e54959
 @_compiled()
 def _settle(q, j, lower, upper, x, x_place, y, y_place, queries, levels, low):
     "Counts negative j, whose similarity lies from lower to upper; computes it if a level may lie there too."
     if upper < low[q]:
         return
     first, beyond = queries[q].first, queries[q].first + queries[q].alive
+    if lower == upper and beyond == first + 1:  # codes, which tie by the million
+        if lower == low[q]:
+            levels[first].equal += 1
+        else:
+            levels[first].between += 1
+        return
     found, equal = _find(levels, first, beyond, lower), False
     if found == beyond or levels[found].value == lower or _find(levels, first, found, upper) != found:
-        value = _similarity(x, x_place, q, y, y_place, j)
+        value = lower if lower == upper else _similarity(x, x_place, q, y, y_place, j)
         found = _find(levels, first, beyond, value)
         if found == beyond:
             return
