@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEVEL', 'QUERY', 'PLACE', 'FAST', 'SHORT', 'ROUNDING', 'BLOCK', 'LEVELS', 'squared_norms', 'Items', 'count_levels']
 
-# %% ../nbs/03a_counting.ipynb #ffe6104a
+# %% ../nbs/03a_counting.ipynb #227cce84
 import functools
 import threading
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numba import njit, types
 from numba.extending import intrinsic, overload
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .evaluation import DIGITS, Levels
 
