@@ -444,7 +444,7 @@ def count_levels(
     best_only: bool = False,  # only the level of the best positive, which is all that Recall@K needs
     progress: bool = True,  # a bar, if it takes more than two seconds
 ) -> Iterator[Levels]:
-    "The levels of all queries that have a positive, in one or more parts. Beyond what comes in and goes out it takes a quarter of the embeddings (1/32 if binary), some 100 bytes per image, and 150 MB at most."
+    "The levels of all queries that have a positive, in one or more parts. Beyond what comes in and goes out it takes a quarter of the embeddings (all of them in float32 where bytes don't multiply, 1/16 if binary), some 100 bytes per image, and 200 MB at most."
     order = np.argsort(labels, kind="stable")
     itself = gallery_embeddings is None
     gallery_order = order if itself else np.argsort(gallery_labels, kind="stable")
