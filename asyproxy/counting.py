@@ -225,11 +225,16 @@ def _settle(q, j, lower, upper, x, x_place, y, y_place, queries, levels, low):
 
 # %% ../nbs/03a_counting.ipynb #228ddaee
 @_compiled(fastmath=FAST)
+def _bounds(product, scale, error, other_scale, other_error):
+    near, bound = np.float32(product) * scale * other_scale, error + (np.float32(1) + error) * other_error
+    return near - bound, near + bound
+
+
+@_compiled(fastmath=FAST)
 def _compare(x, scale, error, scales, errors, low, high, flags):
     one, zero, sure = np.float32(1), np.float32(0), np.float32(0)
     for j in range(len(x)):
-        near, bound = np.float32(x[j]) * scale * scales[j], error + (one + error) * errors[j]
-        lower, upper = near - bound, near + bound
+        lower, upper = _bounds(x[j], scale, error, scales[j], errors[j])
         sure += one if lower > high else zero
         flags[j] = np.uint8((upper >= low) & (lower <= high))
     return sure
@@ -239,8 +244,7 @@ def _compare(x, scale, error, scales, errors, low, high, flags):
 def _compare_both(x, scale, error, scales, errors, low, high, lows, highs, flags, above):
     one, zero, sure = np.float32(1), np.float32(0), np.float32(0)
     for j in range(len(x)):
-        near, bound = np.float32(x[j]) * scale * scales[j], error + (one + error) * errors[j]
-        lower, upper = near - bound, near + bound
+        lower, upper = _bounds(x[j], scale, error, scales[j], errors[j])
         sure += one if lower > high else zero
         above[j] += one if lower > highs[j] else zero
         flags[j] = np.uint8((upper >= low) & (lower <= high)) | (np.uint8((upper >= lows[j]) & (lower <= highs[j])) << np.uint8(1))
@@ -269,11 +273,11 @@ def _scan(tile, top, left, own, both, x, x_place, scale, error, y, y_place, scal
             if eights[eight]:
                 for j in range(8 * eight, min(8 * eight + 8, n)):
                     if flags[j]:
-                        near, bound = np.float32(row[j]) * scale[q] * scales[j], error[q] + (np.float32(1) + error[q]) * errors[j]
+                        lower, upper = _bounds(row[j], scale[q], error[q], scales[j], errors[j])
                         if flags[j] & 1:
-                            _settle(q, left + j, near - bound, near + bound, x, x_place, y, y_place, queries, levels, low)
+                            _settle(q, left + j, lower, upper, x, x_place, y, y_place, queries, levels, low)
                         if flags[j] & 2:
-                            _settle(left + j, q, near - bound, near + bound, y, y_place, x, x_place, queries, levels, low)
+                            _settle(left + j, q, lower, upper, y, y_place, x, x_place, queries, levels, low)
     if both:
         for j in range(n):
             if above[j]:
