@@ -196,22 +196,16 @@ def _find(levels, low, high, value):
             high = middle
     return low
 
-# %% ../nbs/03a_counting.ipynb #b8e54959
+# %% ../nbs/03a_counting.ipynb #bfdaf05c
 @_compiled()
 def _settle(q, j, lower, upper, x, x_place, y, y_place, queries, levels, low):
     "Counts negative j, whose similarity lies from lower to upper; computes it if a level may lie there too."
     if upper < low[q]:
         return
     first, beyond = queries[q].first, queries[q].first + queries[q].alive
-    if lower == upper and beyond == first + 1:  # codes, which tie by the million
-        if lower == low[q]:
-            levels[first].equal += 1
-        else:
-            levels[first].between += 1
-        return
     found, equal = _find(levels, first, beyond, lower), False
     if found == beyond or levels[found].value == lower or _find(levels, first, found, upper) != found:
-        value = lower if lower == upper else _similarity(x, x_place, q, y, y_place, j)
+        value = lower if lower == upper else _similarity(x, x_place, q, y, y_place, j)  # equal for codes only
         found = _find(levels, first, beyond, value)
         if found == beyond:
             return
@@ -223,7 +217,7 @@ def _settle(q, j, lower, upper, x, x_place, y, y_place, queries, levels, low):
     queries[q].negatives += 1
     _retire(q, queries, levels, low)
 
-# %% ../nbs/03a_counting.ipynb #228ddaee
+# %% ../nbs/03a_counting.ipynb #18947654
 @_compiled(fastmath=FAST)
 def _bounds(product, scale, error, other_scale, other_error):
     near, bound = np.float32(product) * scale * other_scale, error + (np.float32(1) + error) * other_error
@@ -231,28 +225,39 @@ def _bounds(product, scale, error, other_scale, other_error):
 
 
 @_compiled(fastmath=FAST)
-def _compare(x, scale, error, scales, errors, low, high, flags):
-    one, zero, sure = np.float32(1), np.float32(0), np.float32(0)
+def _compare(x, scale, error, scales, errors, low, high, flags, ties):
+    one, zero = np.float32(1), np.float32(0)
+    sure, tied = zero, zero
     for j in range(len(x)):
         lower, upper = _bounds(x[j], scale, error, scales[j], errors[j])
         sure += one if lower > high else zero
-        flags[j] = np.uint8((upper >= low) & (lower <= high))
-    return sure
+        if ties is None:
+            flags[j] = np.uint8((upper >= low) & (lower <= high))
+        else:
+            tied += one if (upper == low) & (lower == high) else zero
+            flags[j] = np.uint8((upper >= low) & (lower <= high) & (low != high))
+    return sure, tied
 
 
 @_compiled(fastmath=FAST)
-def _compare_both(x, scale, error, scales, errors, low, high, lows, highs, flags, above):
-    one, zero, sure = np.float32(1), np.float32(0), np.float32(0)
+def _compare_both(x, scale, error, scales, errors, low, high, lows, highs, flags, above, ties):
+    one, zero = np.float32(1), np.float32(0)
+    sure, tied = zero, zero
     for j in range(len(x)):
         lower, upper = _bounds(x[j], scale, error, scales[j], errors[j])
         sure += one if lower > high else zero
         above[j] += one if lower > highs[j] else zero
-        flags[j] = np.uint8((upper >= low) & (lower <= high)) | (np.uint8((upper >= lows[j]) & (lower <= highs[j])) << np.uint8(1))
-    return sure
+        if ties is None:
+            flags[j] = np.uint8((upper >= low) & (lower <= high)) | (np.uint8((upper >= lows[j]) & (lower <= highs[j])) << np.uint8(1))
+        else:
+            tied += one if (upper == low) & (lower == high) else zero
+            ties[j] += one if (upper == lows[j]) & (lower == highs[j]) else zero
+            flags[j] = np.uint8((upper >= low) & (lower <= high) & (low != high)) | (np.uint8((upper >= lows[j]) & (lower <= highs[j]) & (lows[j] != highs[j])) << np.uint8(1))
+    return sure, tied
 
-# %% ../nbs/03a_counting.ipynb #21eb94bd
+# %% ../nbs/03a_counting.ipynb #7c67e6eb
 @_compiled()
-def _scan(tile, top, left, own, both, x, x_place, scale, error, y, y_place, scales, errors, queries, levels, low, high):
+def _scan(tile, top, left, own, both, ties, x, x_place, scale, error, y, y_place, scales, errors, queries, levels, low, high):
     n = tile.shape[1]
     scales, errors = scales[left:left + n], errors[left:left + n]
     lows, highs = (low[left:left + n], high[left:left + n]) if both else (low[:0], high[:0])
@@ -263,12 +268,16 @@ def _scan(tile, top, left, own, both, x, x_place, scale, error, y, y_place, scal
         begin, end = min(max(own[q, 0] - left, 0), n), min(max(own[q, 1] - left, 0), n)
         flags[:end] = 0
         if both:
-            sure = _compare_both(row[end:], scale[q], error[q], scales[end:], errors[end:], low[q], high[q], lows[end:], highs[end:], flags[end:n], above[end:])
+            right = None if ties is None else ties[end:]
+            sure, tied = _compare_both(row[end:], scale[q], error[q], scales[end:], errors[end:], low[q], high[q], lows[end:], highs[end:], flags[end:n], above[end:], right)
         else:
-            sure = _compare(row[:begin], scale[q], error[q], scales[:begin], errors[:begin], low[q], high[q], flags[:begin])
-            sure += _compare(row[end:], scale[q], error[q], scales[end:], errors[end:], low[q], high[q], flags[end:n])
+            sure, tied = _compare(row[:begin], scale[q], error[q], scales[:begin], errors[:begin], low[q], high[q], flags[:begin], ties)
+            more, too = _compare(row[end:], scale[q], error[q], scales[end:], errors[end:], low[q], high[q], flags[end:n], ties)
+            sure, tied = sure + more, tied + too
         if sure:
             _add_above_all(q, int(sure), queries, levels, low)
+        if tied:
+            levels[queries[q].first].equal += int(tied)
         for eight in range(len(eights)):
             if eights[eight]:
                 for j in range(8 * eight, min(8 * eight + 8, n)):
@@ -282,6 +291,8 @@ def _scan(tile, top, left, own, both, x, x_place, scale, error, y, y_place, scal
         for j in range(n):
             if above[j]:
                 _add_above_all(left + j, int(above[j]), queries, levels, low)
+            if ties is not None and ties[j]:
+                levels[queries[left + j].first].equal += int(ties[j])
 
 # %% ../nbs/03a_counting.ipynb #d2e222d5
 @_compiled()
@@ -310,7 +321,7 @@ def _minus_hamming(rows, columns, out):
             _subtract_differing(rows[r, w], columns[w], out[r])
             w += 1
 
-# %% ../nbs/03a_counting.ipynb #4c4b10f7
+# %% ../nbs/03a_counting.ipynb #f1a9262e
 @_compiled()
 def _fill_levels(own, itself, best_only, x, x_place, y, y_place, queries, levels, low, high):
     values = np.empty((own[:, 1] - own[:, 0]).max())
@@ -320,11 +331,14 @@ def _fill_levels(own, itself, best_only, x, x_place, y, y_place, queries, levels
             if p != itself[q]:
                 values[count] = -_similarity(x, x_place, q, y, y_place, p)
                 count += 1
-        values[:count].sort()
+        if best_only and count:
+            best = values[:count].min()
+            count = (values[:count] == best).sum()
+            values[:count] = best
+        else:
+            values[:count].sort()
         for i in range(count):
             if i == 0 or values[i] != values[i - 1]:
-                if best_only and i:
-                    break
                 last += 1
                 levels[last].value, levels[last].before = -values[i], i
                 levels[last].positives = levels[last].between = levels[last].equal = 0
@@ -380,7 +394,7 @@ class _Tiles:
             self.buffers.flat = torch.empty(BLOCK * BLOCK, dtype=dtype)
         return self.buffers.flat[:shape[0] * shape[1]].view(shape)
 
-# %% ../nbs/03a_counting.ipynb #666c70b7
+# %% ../nbs/03a_counting.ipynb #0b9336b0
 def _count(x: Items, y: Items, own, itself, both: bool, best_only: bool, tiles: _Tiles, pool: _Pool, bar) -> tuple[np.ndarray, np.ndarray]:  # queries, levels
     "Counts for all queries x, whose positives are the items of y in the ranges own."
     queries = np.zeros(len(own), QUERY)
@@ -397,7 +411,8 @@ def _count(x: Items, y: Items, own, itself, both: bool, best_only: bool, tiles: 
 
     def scan(tile):
         row, column = rows[tile[0]], columns[tile[1]]
-        _scan(tiles(x, row, y, column), row.start, column.start, own, both, x.exact, x.place, x.scale, x.error,
+        ties = np.zeros(column.stop - column.start, np.float32) if isinstance(y.codes, list) else None
+        _scan(tiles(x, row, y, column), row.start, column.start, own, both, ties, x.exact, x.place, x.scale, x.error,
               y.exact, y.place, y.scale, y.error, queries, levels, low, high)
 
     list(pool.map(fill, rows))
@@ -435,7 +450,7 @@ def _finished(order, queries, levels) -> Levels:
     return Levels(order[some], queries["relevant"][some], start, level["before"] + negatives - level["equal"], level["positives"] + level["equal"].astype(np.int64),
                   level["positives"].astype(np.int64), level["before"].astype(np.int64))
 
-# %% ../nbs/03a_counting.ipynb #973fe707
+# %% ../nbs/03a_counting.ipynb #87697b7b
 def count_levels(
     embeddings: np.ndarray,  # (N, D), float32 or float64, also mapped from a file; finite, no row of zeros unless binary
     squares: np.ndarray,  # (N,), their squared norms
