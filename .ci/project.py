@@ -24,7 +24,9 @@ SMALLEST = {  # in this order: the report reads the records of the others
     "toy": {"num_epochs": 2, "seeds": 1, "temperatures": "0.1", "momenta": "0.5"},
     "benchmark": {**DIGITS, "backbone_type": "convnet", "weights": "random", "feature_dim": 8, "lr": 0.001, "num_epochs": 2, "validation": 0.3, "oracle": True},
     "input_pipeline": {"images": 8, "rounds": 1, "batch_size": 4},
+    "collapse": {**DIGITS, "backbone_type": "convnet", "weights": "random", "feature_dim": 8, "num_epochs": 1, "validation": 0.3, "momenta": "0.05,0.5", "lrs": "0.001,0.5"},
     "evaluation_speed": {"sizes": "cub", "scale": "1000,2000", "rounds": 1},
+    "training_speed": {"classes": "50,500", "rounds": 1, "steps": 1, "backbone_type": "convnet", "image_size": 16, "batch_size": 4},
     "report": DIGITS,
 }
 # A test sees no GPU, no hub and none of the user's own results.
@@ -136,7 +138,7 @@ def library_notebook(path: Path):
 def study_notebook(name: str, output: str) -> dict:
     values = [part for pair in SMALLEST[name].items() for part in ("-p", *map(str, pair))]
     call("asyproxy", "run", name, *values, env=ENVIRONMENT | {"ASYPROXY_OUTPUT": output})
-    return json.loads(next(Path(output, "figures", "records").glob(f"{name}-*.json")).read_text())
+    return json.loads(max(Path(output, "figures", "records").glob(f"{name}-*.json"), key=lambda path: path.stat().st_mtime).read_text())
 
 
 def benchmark_repeats(output: str):
@@ -144,6 +146,18 @@ def benchmark_repeats(output: str):
     one, other = (study_notebook("benchmark", output) for _ in range(2))
     if any(one[key] != other[key] for key in ("metrics", "history", "data")):
         raise RuntimeError(f"expected the same metrics from the same command, got {one['metrics']} and {other['metrics']}")
+    if list(one["metrics"]) != ["before", "last", "selected", "oracle"]:
+        raise RuntimeError(f"expected the last, the selected and the oracle's epoch in the record, got {', '.join(one['metrics'])}")
+
+
+def two_processes(output: str):
+    "The benchmark with devices=2 ends near the one with a single process."
+    values = [part for pair in (SMALLEST["benchmark"] | {"devices": 2}).items() for part in ("-p", *map(str, pair))]
+    call("asyproxy", "run", "benchmark", *values, env=ENVIRONMENT | {"ASYPROXY_OUTPUT": output})
+    records = [json.loads(path.read_text()) for path in Path(output, "figures", "records").glob("benchmark-digits-*.json")]
+    recalls = {record["parameters"]["devices"]: record["metrics"]["last"]["dense"]["recall@1"] for record in records}
+    if set(recalls) != {1, 2} or abs(recalls[1] - recalls[2]) > 0.01:
+        raise RuntimeError(f"expected nearly the same Recall@1 from one process and from two, got {recalls}")
 
 
 def images_from_disk(output: str):
@@ -198,6 +212,7 @@ def test() -> int:
             future.result()
         check("nbs/studies/report.ipynb", study_notebook, "report", output)
         check("the benchmark twice gives the same bits", benchmark_repeats, output)
+        check("the benchmark in two processes", two_processes, output)
     print(f"{sum(results)} passed, {len(results) - sum(results)} failed")
     return 0 if all(results) else 1
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'NOISE', 'METHODS', 'write_embeddings', 'asyproxy', 'faiss', 'pytorch_metric_learning',
-           'open_metric_learning', 'whole_matrix', 'measure', 'machine']
+           'open_metric_learning', 'whole_matrix', 'resident_memory', 'peak_memory', 'measure', 'machine']
 
 # %% ../nbs/03c_bench.ipynb #a6c311a8
 import json
@@ -130,14 +130,38 @@ def whole_matrix(x, labels, y, y_labels, recalls, bits, precisions) -> dict:
 
 METHODS = {"asyproxy": asyproxy, "FAISS": faiss, "pytorch-metric-learning": pytorch_metric_learning, "open-metric-learning": open_metric_learning, "whole matrix": whole_matrix}
 
-# %% ../nbs/03c_bench.ipynb #6a536cfe
-def _memory() -> tuple[float, float]:
-    "Resident bytes of this process, now and at its peak; NaN where the system doesn't say."
+# %% ../nbs/03c_bench.ipynb #c615d65d
+def _status(name: str) -> float:
+    "Bytes of memory of this process; NaN where the system doesn't say."
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return tuple(1024 * float(lines[name].split()[0]) for name in ("VmRSS", "VmHWM"))
+        return 1024 * float(lines[name].split()[0])
     except OSError:
-        return float("nan"), float("nan")
+        return float("nan")
+
+
+def resident_memory(device: torch.device = torch.device("cpu")) -> float:  # bytes
+    "What this process holds, or on a GPU what its tensors hold."
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
+
+
+def peak_memory(
+    device: torch.device = torch.device("cpu"),
+    anew: bool = False,  # the peak starts anew, if the system allows it
+) -> float:  # bytes
+    "The most it has held."
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        if anew:
+            torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    peak = _status("VmHWM")
+    if anew:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass
+    return peak
 
 
 def _call(folder: str, method: str, queries: int, recalls: list[int], bits: int, precisions: bool, repeats: int) -> dict:
@@ -154,17 +178,14 @@ def _call(folder: str, method: str, queries: int, recalls: list[int], bits: int,
         METHODS[method](*few, [1], bits, precisions)
         for start in range(0, len(x), 8192):  # what is mapped is in memory before it is counted
             x[start:start + 8192].sum()
-        before = _memory()[0]
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        except OSError:
-            pass
+        before = resident_memory()
+        peak_memory(anew=True)
         seconds = []
         for _ in range(repeats):
             start = time.perf_counter()
             found = METHODS[method](*sides, recalls, bits, precisions)
             seconds.append(time.perf_counter() - start)
-    return {"seconds": float(np.median(seconds)), "memory_mb": (_memory()[1] - before) / 1e6, "found": found}
+    return {"seconds": float(np.median(seconds)), "memory_mb": (peak_memory() - before) / 1e6, "found": found}
 
 
 def measure(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'MARKERS', 'NAMES', 'LOSSES', 'GREEN', 'RED', 'use_style', 'save_figure', 'unit_circle', 'circles',
            'proxy_paths', 'save_film', 'sweep', 'training_curves', 'recall_bars', 'retrieval_gallery', 'contact_sheet',
-           'scaling', 'method_schematic']
+           'scaling', 'collapse_grid', 'geometry_curves', 'method_schematic']
 
 # %% ../nbs/06_figures.ipynb #a2c971ca
 import textwrap
@@ -262,21 +262,63 @@ def contact_sheet(
     figure.set_size_inches(right, bottom)
     return figure
 
-# %% ../nbs/06_figures.ipynb #e8c98ecd
+# %% ../nbs/06_figures.ipynb #903c7802
 def scaling(
     runs,  # DataFrame: one row a measurement, with the columns method, n, seconds and memory_mb
+    *,
+    xlabel: str = "images N",
+    memory: str = "memory beyond the embeddings (MB)",
 ) -> plt.Figure:
     "Two panels, one line a method."
     figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.7), layout="constrained")
-    for ax, (column, label) in zip(axes, {"seconds": "seconds", "memory_mb": "memory beyond the embeddings (MB)"}.items()):
+    for ax, (column, label) in zip(axes, {"seconds": "seconds", "memory_mb": memory}.items()):
         for i, (method, group) in enumerate(runs.groupby("method", sort=False)):
             group = group.sort_values("n")
             n, values = group["n"].to_numpy(float), group[column].clip(lower=1e-3).to_numpy(float)
             large = n >= np.median(n)
             slope = np.polyfit(np.log(n[large]), np.log(values[large]), 1)[0] if large.sum() > 1 else np.nan
             ax.plot(n, values, MARKERS[i] + ("-", "--", ":", "-.")[i % 4], color=COLOURS[i], ms=4, mfc="white", label=f"{method}: $N^{{{slope:.1f}}}$")
-        ax.set(xlabel="images N", ylabel=label, xscale="log", yscale="log")
+        ax.set(xlabel=xlabel, ylabel=label, xscale="log", yscale="log")
         ax.legend(fontsize=6.5)
+    return figure
+
+# %% ../nbs/06_figures.ipynb #1ef681d8
+def collapse_grid(
+    runs,  # DataFrame: one row a run, with the columns momentum, lr, recall (share; NaN: it diverged) and flagged
+    before: float,  # recall of the features before training
+) -> plt.Figure:
+    "Which runs are no better than what they started from, and which of them were noticed."
+    figure, ax = plt.subplots(figsize=(4.6, 2.9), layout="constrained")
+    for i, (lr, group) in enumerate(runs.groupby("lr")):
+        group, recall = group.sort_values("momentum"), 100 * group.sort_values("momentum")["recall"].fillna(0)
+        ax.plot(group["momentum"], recall, MARKERS[i] + ("-", "--", ":", "-.")[i % 4], color=COLOURS[i], ms=4, mfc="white", label=f"lr {lr:g}")
+        flagged = group["flagged"].to_numpy(bool)
+        ax.plot(group["momentum"][flagged], recall[flagged], "x", color="black", ms=7, zorder=4)
+    ax.axhline(100 * before, color="black", lw=0.8)
+    ax.annotate("before training", (0.995, 100 * before), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
+    ax.plot([], [], "x", color="black", ms=7, label="signs of a collapse")
+    ax.set(xlabel="momentum", ylabel="Recall@1 after training (%)", xscale="log")
+    ax.set_xticks(sorted(runs["momentum"].unique()), [f"{value:g}" for value in sorted(runs["momentum"].unique())])
+    ax.minorticks_off()
+    ax.legend(fontsize=7)
+    return figure
+
+
+def geometry_curves(
+    histories: dict[str, list[dict]],  # name of a run -> its history
+    select: str = "recall@1",
+) -> plt.Figure:
+    "What the detector looks at, epoch by epoch."
+    panels = {"effective rank": lambda e: e["geometry"]["effective_rank"], "mean cosine of proxies": lambda e: e["geometry"]["proxy_cosine"],
+              "loss / ln C": lambda e: e["geometry"]["loss_of_chance"], "validation Recall@1 (%)": lambda e: 100 * e["validation"][select]}
+    figure, axes = plt.subplots(1, 4, figsize=(8.2, 2.2), layout="constrained")
+    for ax, (label, value) in zip(axes, panels.items()):
+        for i, (name, history) in enumerate(histories.items()):
+            ax.plot([entry["epoch"] for entry in history], [value(entry) for entry in history], MARKERS[i] + ("-", "--", ":", "-.")[i % 4], color=COLOURS[i], ms=3.5, mfc="white", label=name)
+        ax.set(xlabel="epoch", title=label)
+        ax.title.set_fontsize(8)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    axes[0].legend(fontsize=6.5)
     return figure
 
 # %% ../nbs/06_figures.ipynb #f0762955

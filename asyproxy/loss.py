@@ -5,12 +5,15 @@
 # %% auto #0
 __all__ = ['move_proxies', 'proxy_similarities', 'cross_entropy', 'AsymptoticProxyLoss']
 
-# %% ../nbs/02_loss.ipynb #ce9d4125
+# %% ../nbs/02_loss.ipynb #4b6cab37
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
-# %% ../nbs/02_loss.ipynb #0cc417ee
+from .distributed import gather_rows, world
+
+# %% ../nbs/02_loss.ipynb #442f485f
 def move_proxies(
     proxies: torch.Tensor,  # (C, D), rows of unit length
     embeddings: torch.Tensor,  # (B, D), rows of unit length
@@ -19,22 +22,23 @@ def move_proxies(
 ) -> torch.Tensor:  # (C, D), rows of unit length; `proxies` itself is left alone
     "Moves the proxies of the classes in a batch. Raises ValueError on a momentum, label or shape that cannot be."
     _check_momentum(momentum)
-    _check_batch(embeddings, labels, *proxies.shape)
-    return _moved(proxies, embeddings, labels, momentum)
+    _check_shapes(embeddings, labels, proxies.shape[1])
+    _check_values(embeddings, labels, len(proxies))
+    moved = proxies.detach().clone()
+    _move(moved, embeddings, labels, momentum)
+    return moved
 
 
 @torch.no_grad()
-def _moved(proxies, embeddings, labels, momentum) -> torch.Tensor:
-    "`move_proxies` for a batch that has been checked: on a GPU a check waits for the device."
-    moved = proxies.clone()
+def _move(proxies, embeddings, labels, momentum):
+    "Writes the rows of the classes in a batch, which has been checked, in place: whatever the number of classes, no second table."
     classes, counts = labels.unique(return_counts=True)
     ordered = embeddings.to(_wide(embeddings))[labels.argsort(stable=True)]
     sums = torch.segment_reduce(ordered, "sum", lengths=counts, axis=0)
     old = proxies[classes].to(sums.dtype)
     new = (1 - momentum) * old + momentum * sums
     length = new.norm(dim=1, keepdim=True)
-    moved[classes] = torch.where(length > 0, new / length, old).to(proxies.dtype)  # opposite items may cancel: no direction, no move
-    return moved
+    proxies[classes] = torch.where(length > 0, new / length, old).to(proxies.dtype)  # opposite items may cancel: no direction, no move
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:
@@ -46,15 +50,21 @@ def _check_momentum(momentum: float):
     if not 0 <= momentum <= 1:
         raise ValueError(f"expected a momentum in [0, 1], got {momentum}")
 
-# %% ../nbs/02_loss.ipynb #0569a5f3
-def _check_batch(embeddings: torch.Tensor, labels: torch.Tensor, num_classes: int, feature_dim: int):
-    "Raises ValueError on a wrong shape, a label out of range, or embeddings that have no direction."
-    if embeddings.ndim != 2 or embeddings.shape[1] != feature_dim or not len(embeddings):
+# %% ../nbs/02_loss.ipynb #2444e8c8
+def _check_shapes(embeddings: torch.Tensor, labels: torch.Tensor, feature_dim: int):
+    "Raises ValueError on a wrong shape or type."
+    if embeddings.ndim != 2 or embeddings.shape[1] != feature_dim:
         raise ValueError(f"expected embeddings of shape (batch, {feature_dim}), got {tuple(embeddings.shape)}")
     if labels.shape != embeddings.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"expected {len(embeddings)} integer labels, got {labels.dtype} of shape {tuple(labels.shape)}")
     if not embeddings.is_floating_point():
         raise ValueError(f"expected floating point embeddings, got {embeddings.dtype}")
+
+
+def _check_values(embeddings: torch.Tensor, labels: torch.Tensor, num_classes: int):
+    "Raises ValueError on an empty batch, a label out of range, or embeddings that have no direction."
+    if not len(embeddings):
+        raise ValueError("expected a batch of at least one embedding, got none")
     low, high, finite, nonzero = torch.stack([labels.min(), labels.max(), embeddings.isfinite().all(), embeddings.any(dim=1).all()]).tolist()
     if low < 0 or high >= num_classes:
         raise ValueError(f"expected labels in 0 ... {num_classes - 1} for {num_classes} classes, got {low} ... {high}")
@@ -73,17 +83,41 @@ def proxy_similarities(
         dtype = _wide(embeddings)
         return F.normalize(embeddings.to(dtype)) @ F.normalize(proxies.to(dtype)).T
 
-# %% ../nbs/02_loss.ipynb #2ab1b379
+# %% ../nbs/02_loss.ipynb #4f3e2588
 def cross_entropy(
     logits: torch.Tensor,  # (B, C), C >= 2
     labels: torch.Tensor,  # (B,), integers in 0 ... C-1
 ) -> torch.Tensor:  # scalar, mean over the batch
     "Softmax cross entropy that keeps its relative precision near zero."
+    return _cross_entropies(logits, labels).mean()
+
+
+def _cross_entropies(logits, labels) -> torch.Tensor:  # (B, 1)
     own = logits.gather(1, labels[:, None])
     others = logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1, keepdim=True)
-    return F.softplus(others - own).mean()
+    return F.softplus(others - own)
 
-# %% ../nbs/02_loss.ipynb #6ca5fe71
+# %% ../nbs/02_loss.ipynb #999f85db
+class _ToFixedProxies(torch.autograd.Function):
+    "Sum of the cross entropies of unit embeddings to unit proxies without a gradient, divided by count."
+
+    @staticmethod
+    def forward(ctx, unit, proxies, labels, temperature, count):
+        logits = (unit @ proxies.T).div_(temperature)
+        own = logits.gather(1, labels[:, None])
+        others = logits.scatter_(1, labels[:, None], -torch.inf).logsumexp(1, keepdim=True)
+        if ctx.needs_input_grad[0]:
+            slope = torch.sigmoid(others - own) / (temperature * count)
+            slopes = logits.sub_(others).exp_().mul_(slope).scatter_(1, labels[:, None], -slope)
+            ctx.save_for_backward(slopes @ proxies)
+        return F.softplus(others - own).sum() / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0], None, None, None, None
+
+# %% ../nbs/02_loss.ipynb #f13222fd
 class AsymptoticProxyLoss(nn.Module):
     "Cross entropy over cosine similarities to one proxy a class; in training mode each call then moves the proxies."
 
@@ -108,6 +142,7 @@ class AsymptoticProxyLoss(nn.Module):
             self.proxies = nn.Parameter(proxies)
         else:
             self.register_buffer("proxies", proxies)
+            self.register_load_state_dict_post_hook(_check_unit)
 
     def forward(
         self,
@@ -118,9 +153,22 @@ class AsymptoticProxyLoss(nn.Module):
         "Raises ValueError on wrong shapes, labels out of range, and embeddings that are zero or not finite."
         if indices_tuple is not None:
             raise ValueError("expected no indices_tuple: this loss compares every item with every proxy and mines nothing; leave the miner out")
-        _check_batch(embeddings, labels, *self.proxies.shape)
-        loss = cross_entropy(proxy_similarities(embeddings, self.proxies) / self.temperature, labels.long())
-        if self.training and not self.with_learnable_proxy:
-            unit = F.normalize(embeddings.detach().to(_wide(embeddings)))
-            self.proxies = _moved(self.proxies, unit, labels, self.momentum)
+        _check_shapes(embeddings, labels, self.proxies.shape[1])
+        with torch.autocast(embeddings.device.type, enabled=False):
+            unit, labels = F.normalize(embeddings.to(_wide(embeddings))), labels.long()
+            everyone, all_labels = gather_rows(unit, labels)
+            _check_values(everyone, all_labels, len(self.proxies))
+            count = len(everyone) / world()[1]
+            if self.with_learnable_proxy:
+                return _cross_entropies(proxy_similarities(unit, self.proxies) / self.temperature, labels).sum() / count
+            loss = _ToFixedProxies.apply(unit, self.proxies.to(unit.dtype), labels, self.temperature, count)
+            if self.training:
+                _move(self.proxies, everyone, all_labels, self.momentum)
         return loss
+
+
+def _check_unit(criterion, _):
+    "Raises ValueError where proxies were loaded that are no directions: they are not normalised again at each step."
+    lengths = criterion.proxies.norm(dim=1)
+    if not (abs(lengths - 1) < 1e-3).all():
+        raise ValueError(f"expected proxies of unit length, got lengths from {lengths.min():.4g} to {lengths.max():.4g}")

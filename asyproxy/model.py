@@ -6,7 +6,7 @@
 __all__ = ['BACKBONES', 'Backbone', 'GlobalMaxPool', 'fetch_weights', 'load_backbone_weights', 'EmbeddingModel', 'save_model',
            'load_model', 'embed']
 
-# %% ../nbs/01_model.ipynb #285337c8
+# %% ../nbs/01_model.ipynb #8a4f0049
 import hashlib
 import re
 import shutil
@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from .distributed import gather_rows, share
 from .files import load_tensors, save_tensors, write_atomically
 
 # %% ../nbs/01_model.ipynb #b3520618
@@ -249,7 +250,7 @@ def load_model(path: str | Path) -> EmbeddingModel:
     model.load_state_dict(tensors)
     return model.eval()
 
-# %% ../nbs/01_model.ipynb #90785bc1
+# %% ../nbs/01_model.ipynb #2c3c5e3c
 @torch.no_grad()
 def embed(
     model: EmbeddingModel,
@@ -259,12 +260,15 @@ def embed(
     num_workers: int = 0,
     features: bool = False,  # the pooled features in front of the projection instead of the embeddings
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (N, D) float32 and (N,) int64, on the CPU, in the order of the images
-    "Embeds every image once, the last one too, in eval mode; the model's mode is left as it was."
+    "Embeds every image once, the last one too, in eval mode; the model's mode is left as it was. Of several processes each embeds a share, and all get the whole."
     device, training = model.mean.device, model.training
+    some = share(len(images))
+    batches = DataLoader(Subset(images, range(some.start, some.stop)), batch_size, num_workers=num_workers, pin_memory=device.type == "cuda")
+    pairs = [(torch.empty(0, model.kind.width if features else model.feature_dim), torch.empty(0, dtype=torch.int64))]
     model.eval()
     try:
-        pairs = [((model.features if features else model)(batch.to(device)).float().cpu(), labels) for batch, labels in DataLoader(images, batch_size, num_workers=num_workers)]
+        pairs += [((model.features if features else model)(batch.to(device, non_blocking=True)).float().cpu(), labels) for batch, labels in batches]
     finally:
         model.train(training)
-    embeddings, labels = (torch.cat(parts) for parts in zip(*pairs))
+    embeddings, labels = gather_rows(*(torch.cat(parts) for parts in zip(*pairs)))
     return embeddings, labels

@@ -11,17 +11,17 @@ import math
 
 import pandas as pd
 
-# %% ../nbs/07a_report.ipynb #f9586d62
-STAGES = {"before": "before training", "last": "last epoch", "selected": "validation-selected", "oracle": "best on test (oracle)"}
+# %% ../nbs/07a_report.ipynb #0e8db49e
+STAGES = {"before": "before training", "last": "last epoch", "selected": "validation-selected", "oracle": "best on test (oracle, for comparison with older tables only)"}
 
 
 NAMED = {"data_name": "data", "backbone_type": "backbone", "feature_dim": "dim", "loss": "loss", "num_epochs": "num_epochs", "seed": "seed"}  # parameter: column
-ELSEWHERE = ("data_path", "num_workers", "device", "oracle", "retrieval_num")  # parameters that change no result of a training
+ELSEWHERE = ("data_path", "num_workers", "device", "devices", "oracle", "retrieval_num")  # parameters that change no result of a training
 
 
 def results_table(
     records: list[dict],  # of the study `benchmark`
-) -> pd.DataFrame:  # data, backbone, dim, loss, num_epochs, seed, settings (the other parameters, as JSON), stage, epoch, code, run_id and the metrics (shares)
+) -> pd.DataFrame:  # data, backbone, dim, loss, num_epochs, seed, settings (the other parameters, as JSON), stage, epoch, code, run_id, collapsed (whether the run ended with signs of it) and the metrics (shares)
     "Every metric of every run."
     rows = []
     for record in records:
@@ -30,7 +30,7 @@ def results_table(
         settings = json.dumps({name: value for name, value in sorted(p.items()) if name not in NAMED and name not in ELSEWHERE})
         for stage, result in record["metrics"].items():
             for code in ("dense", "binary"):
-                rows.append({**named, "settings": settings, "stage": stage, "epoch": result["epoch"], "code": code, "run_id": record["run_id"], **result[code]})
+                rows.append({**named, "settings": settings, "stage": stage, "epoch": result["epoch"], "code": code, "run_id": record["run_id"], "collapsed": stage != "before" and bool(record.get("collapse")), **result[code]})
     return pd.DataFrame(rows)
 
 
@@ -40,11 +40,11 @@ def half_width(values: pd.Series) -> float:
 
     return stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else math.nan
 
-# %% ../nbs/07a_report.ipynb #a2068e32
+# %% ../nbs/07a_report.ipynb #cc4da0b3
 def summary_table(
     results: pd.DataFrame,  # of `results_table`
 ) -> pd.DataFrame:  # text, in percent: one row for each stage of runs that differ by nothing but the seed
-    "Mean and confidence interval over the seeds, dense and binary side by side; `settings` names the other parameters that differ between rows."
+    "Mean and confidence interval over the seeds, dense and binary side by side; `settings` names the other parameters that differ between rows, `collapsed` says how many runs ended so, if any: they are in the mean."
     recalls = [column for column in results if column.startswith("recall@")]
     rows = []
     known = [json.loads(text) for text in results["settings"].unique()]
@@ -53,6 +53,8 @@ def summary_table(
         row = dict(zip(("data", "backbone", "dim", "epochs", "loss", "settings", "stage"), keys)) | {"seeds": group["seed"].nunique()}
         own = json.loads(row["settings"])
         row["settings"] = ", ".join(f"{name} {own[name]}" for name in differing if name in own)
+        collapsed = group.loc[group["collapsed"], "seed"].nunique()
+        row["collapsed"] = f"{collapsed} of {row['seeds']}" if collapsed else ""
         for code in ("dense", "binary"):
             for metric in recalls + ["map@r"]:
                 values = 100 * group.loc[group["code"] == code, metric].dropna()

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from .files import write_atomically
 
-# %% ../nbs/07_study.ipynb #cb62db18
+# %% ../nbs/07_study.ipynb #a49445bf
 def numbers(
     text: str,  # such as "1,2,4,8"
     kind: type = int,
@@ -57,15 +57,24 @@ RULES = {  # name: (type, test, what is expected)
     "feature_dim": (int, lambda v: v >= 1, "at least 1"),
     "temperature": (float, lambda v: v > 0, "> 0"),
     "momentum": (float, lambda v: 0 <= v <= 1, "in [0, 1]"),
+    "initial_proxies": (str, lambda v: v in ("random", "means"), "random or means (of the classes)"),
     "temperatures": (str, lambda v: all(0 < t < math.inf for t in numbers(v, float)), "numbers > 0 separated by commas"),
     "momenta": (str, lambda v: all(0 <= m <= 1 for m in numbers(v, float)), "numbers in [0, 1] separated by commas"),
     "recalls": (str, lambda v: all(k >= 1 for k in numbers(v)), "whole numbers from 1 separated by commas"),
     "batch_size": (int, lambda v: v >= 1, "at least 1"),
+    "lrs": (str, lambda v: all(0 < lr < math.inf for lr in numbers(v, float)), "numbers > 0 separated by commas"),
     "lr": (float, lambda v: 0 < v < math.inf, "> 0"),
     "num_epochs": (int, lambda v: v >= 1, "at least 1"),
+    "classes": (str, lambda v: all(n >= 2 for n in numbers(v)), "whole numbers from 2 separated by commas"),
+    "image_size": (int, lambda v: v >= 8, "at least 8"),
+    "steps": (int, lambda v: v >= 1, "at least 1"),
     "seed": (int, lambda v: v >= 0, "at least 0"),
     "seeds": (int, lambda v: v >= 1, "at least 1"),
+    "precision": (str, bool, "fp32, tf32, bf16 or fp16"),
+    "compiled": (bool, lambda v: True, "true or false"),
+    "stop_on_collapse": (bool, lambda v: True, "true or false"),
     "device": (str, bool, "auto, cpu, cuda, cuda:1 or mps"),
+    "devices": (int, lambda v: v >= 1, "at least 1"),
     "num_workers": (int, lambda v: v >= 0, "at least 0"),
     "validation": (float, lambda v: 0 <= v < 1, "in [0, 1)"),
     "oracle": (bool, lambda v: True, "true or false"),
@@ -215,12 +224,12 @@ def _peak_memory_mb() -> float | None:
         return None
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
-# %% ../nbs/07_study.ipynb #991804a8
+# %% ../nbs/07_study.ipynb #62b597b2
 def _places(identity: str) -> tuple[Path, Path]:
     "The folder and the record of a run; of one that is complete, record and checkpoints are removed."
     folder, record = output_folder("runs", identity), output_folder("figures", "records", f"{identity}.json")
     if record.exists():
-        for old in [*folder.glob("*.safetensors"), record]:
+        for old in [*folder.rglob("*.safetensors"), record]:
             old.unlink()
     return folder, record
 
