@@ -69,7 +69,7 @@ def once(function: Callable):
     dist.broadcast_object_list(box)
     return box[0]
 
-# %% ../nbs/00i_distributed.ipynb #82ad0849
+# %% ../nbs/00i_distributed.ipynb #db8839c0
 @contextmanager
 def joined(
     device: str,  # "cuda": the GPU of this process, with nccl; "cpu": gloo
@@ -77,6 +77,8 @@ def joined(
     "Joins the other processes that torchrun started, for the length of a block."
     local, here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if device == "cuda":
+        if here > torch.cuda.device_count():
+            raise ValueError(f"expected a GPU for each of the {here} processes on this machine, got {torch.cuda.device_count()}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
@@ -87,7 +89,7 @@ def joined(
     try:
         yield device
     except BaseException:
-        traceback.print_exc()  # before the others notice that this one is gone, and fail too
+        sys.stderr.write(traceback.format_exc())  # before the others notice that this one is gone, and fail too; in one piece
         sys.stderr.flush()
         os._exit(1)
     dist.destroy_process_group()
@@ -133,5 +135,5 @@ def _reason(lines: list[str]) -> str:
     for line in after:
         if "Traceback (most recent call last)" in line:
             prefix = line.partition("Traceback")[0]  # torchrun may put the rank in front
-            return next((text for text in (line.removeprefix(prefix) for line in after) if text and not text.startswith(" ")), line)
+            return next((text for text in (line.removeprefix(prefix) for line in after) if text and not text.startswith((" ", "Traceback"))), line)
     return lines[-1] if lines else "it said nothing"

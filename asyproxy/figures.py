@@ -262,7 +262,7 @@ def contact_sheet(
     figure.set_size_inches(right, bottom)
     return figure
 
-# %% ../nbs/06_figures.ipynb #903c7802
+# %% ../nbs/06_figures.ipynb #21d96de3
 def scaling(
     runs,  # DataFrame: one row a measurement, with the columns method, n, seconds and memory_mb
     *,
@@ -274,7 +274,7 @@ def scaling(
     for ax, (column, label) in zip(axes, {"seconds": "seconds", "memory_mb": memory}.items()):
         for i, (method, group) in enumerate(runs.groupby("method", sort=False)):
             group = group.sort_values("n")
-            n, values = group["n"].to_numpy(float), group[column].clip(lower=1e-3).to_numpy(float)
+            n, values = group["n"].to_numpy(float), group[column].clip(lower=1e-5).to_numpy(float)
             large = n >= np.median(n)
             slope = np.polyfit(np.log(n[large]), np.log(values[large]), 1)[0] if large.sum() > 1 else np.nan
             ax.plot(n, values, MARKERS[i] + ("-", "--", ":", "-.")[i % 4], color=COLOURS[i], ms=4, mfc="white", label=f"{method}: $N^{{{slope:.1f}}}$")

@@ -165,7 +165,7 @@ def _restore(tensors: dict[str, torch.Tensor], model, criterion, optimizer):
         moments.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
-# %% ../nbs/04_training.ipynb #810ee36e
+# %% ../nbs/04_training.ipynb #c6d08ff7
 def checkpoints(
     folder: str | Path,
 ) -> list[Path]:  # the newest first
@@ -192,7 +192,8 @@ def _resume(folder, settings, model, criterion, optimizer, scaler) -> list[dict]
         if changed := sorted(k for k in settings.keys() | metadata["settings"].keys() if settings.get(k) != metadata["settings"].get(k)):
             raise ValueError(f"expected the checkpoint {path} to be of the same settings, but {', '.join(changed)} differ: delete it, or give another folder")
         _restore(tensors, model, criterion, optimizer)
-        scaler.load_state_dict(metadata["scaler"]) if metadata["scaler"] else None
+        if metadata["scaler"]:
+            scaler.load_state_dict(metadata["scaler"])
         history = metadata["history"]
         break
     found = gather_rows(torch.tensor([len(history)]))[0]
@@ -207,7 +208,7 @@ def read_history(
     "What `train` gave for the newest checkpoint."
     return load_tensors(checkpoints(folder)[0])[1]["history"]
 
-# %% ../nbs/04_training.ipynb #04449cbe
+# %% ../nbs/04_training.ipynb #d2898e82
 def train(
     model: EmbeddingModel,  # trained in place, on its device
     criterion: AsymptoticProxyLoss,  # or any loss called with (embeddings, class indices); its parameters are trained too
@@ -240,7 +241,9 @@ def train(
     history = _resume(folder, settings, model, criterion, optimizer, scaler)
     step = Step(model, criterion, autocast, compiled)
     if world()[1] > 1:
-        step = DistributedDataParallel(step, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the newest torch has another name for broadcast_buffers, which the older ones don't know
+            step = DistributedDataParallel(step, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
     if watch and not history:
         watch(0)
     while len(history) < num_epochs and not (stop_on_collapse and len(history) > 2 and all(entry["collapse"] for entry in history[-3:])):
@@ -266,7 +269,7 @@ def train(
             _save(folder, settings, history, model, criterion, optimizer, scaler)
     return history
 
-
+# %% ../nbs/04_training.ipynb #4becf064
 def _check_training(lr: float, batch_size: int, num_epochs: int, images: Dataset):
     for name, value in (("lr", lr), ("batch_size", batch_size), ("num_epochs", num_epochs)):
         if not 0 < value < math.inf:
@@ -274,7 +277,7 @@ def _check_training(lr: float, batch_size: int, num_epochs: int, images: Dataset
     if len(images) < 2:
         raise ValueError(f"expected at least 2 images to train on, got {len(images)}")
 
-# %% ../nbs/04_training.ipynb #d104e0e5
+
 def _loaded(images, batch_size, num_workers, device):
     "Batches in random order: this process's share of the images, the labels, and the size of the whole batch."
     batches = torch.randperm(len(images)).split(batch_size)
@@ -294,12 +297,12 @@ def _train_epoch(step, optimizer, scaler, images, batch_size, num_workers, bar) 
             loss, embeddings = step(pixels, labels)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
         except torch.OutOfMemoryError:
             too_large = count
         if too_large:  # not within the except: there the error keeps all tensors alive
             raise MemoryError(_too_large(step, optimizer, pixels, labels, too_large))
-        scaler.step(optimizer)
-        scaler.update()
         total += loss.item() * count
         moments = embeddings.new_zeros(embeddings.shape[1], embeddings.shape[1]) if moments is None else moments
         moments.addmm_(embeddings.T, embeddings)
@@ -311,13 +314,14 @@ def _train_epoch(step, optimizer, scaler, images, batch_size, num_workers, bar) 
 
 def _too_large(step, optimizer, pixels, labels, count) -> str:
     "What fits, found by halving; with several processes, which would wait for each other, a guess."
-    fits = count // 2
+    fits, optimizer.param_groups[0]["lr"] = count // 2, 0.0  # steps that take their memory and change no weight
     while fits and world()[1] == 1:
         optimizer.zero_grad()
         if pixels.device.type == "cuda":
             torch.cuda.empty_cache()
         try:
             step(pixels[:fits], labels[:fits])[0].backward()
+            optimizer.step()
             break
         except torch.OutOfMemoryError:
             pass
