@@ -39,7 +39,7 @@ def geometry(
         found |= {"proxy_cosine": mean_cosine(proxies), "loss_of_chance": loss / math.log(len(proxies))}
     return found
 
-# %% ../nbs/03d_collapse.ipynb #386efd33
+# %% ../nbs/03d_collapse.ipynb #50c4f8c1
 LOWEST_RANK = 1.5
 HIGHEST_COSINE = 0.9
 HIGHEST_LOSS = 0.9  # of that of a guess
@@ -52,7 +52,7 @@ def collapse_signs(
 ) -> list[str]:  # in words; none: all is well
     "What speaks for a collapse at the end of an epoch."
     judged = select is not None and floor is not None
-    if judged and entry["validation"][select] >= floor:
+    if judged and entry["validation"][select] >= floor + 2 * math.sqrt(2 * floor * (1 - floor) / entry["validation"].get("queries", math.inf)):
         return []
     found, signs = entry["geometry"], []
     if found["effective_rank"] < LOWEST_RANK:
@@ -61,6 +61,6 @@ def collapse_signs(
         signs.append(f"mean cosine of the proxies {found['proxy_cosine']:.2f}")
     if found.get("loss_of_chance", 0) > HIGHEST_LOSS:
         signs.append(f"loss {found['loss_of_chance']:.0%} of that of a guess")
-    if judged:
+    if judged and not entry["validation"][select] >= floor:
         signs.append(f"validation {select} {entry['validation'][select]:.1%}, {floor:.1%} before training")
     return signs
