@@ -282,7 +282,7 @@ def scaling(
         ax.legend(fontsize=6.5)
     return figure
 
-# %% ../nbs/06_figures.ipynb #1ef681d8
+# %% ../nbs/06_figures.ipynb #d5bf791f
 def collapse_grid(
     runs,  # DataFrame: one row a run, with the columns momentum, lr, recall (share; NaN: it diverged) and flagged
     before: float,  # recall of the features before training
@@ -295,7 +295,7 @@ def collapse_grid(
         flagged = group["flagged"].to_numpy(bool)
         ax.plot(group["momentum"][flagged], recall[flagged], "x", color="black", ms=7, zorder=4)
     ax.axhline(100 * before, color="black", lw=0.8)
-    ax.annotate("before training", (0.995, 100 * before), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
+    ax.annotate("before training", (0.98, 100 * before), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
     ax.plot([], [], "x", color="black", ms=7, label="signs of a collapse")
     ax.set(xlabel="momentum", ylabel="Recall@1 after training (%)", xscale="log")
     ax.set_xticks(sorted(runs["momentum"].unique()), [f"{value:g}" for value in sorted(runs["momentum"].unique())])
