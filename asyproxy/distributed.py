@@ -69,7 +69,7 @@ def once(function: Callable):
     dist.broadcast_object_list(box)
     return box[0]
 
-# %% ../nbs/00i_distributed.ipynb #db8839c0
+# %% ../nbs/00i_distributed.ipynb #c0816330
 @contextmanager
 def joined(
     device: str,  # "cuda": the GPU of this process, with nccl; "cpu": gloo
@@ -106,7 +106,8 @@ def _torchrun(devices: int) -> list[str]:
     with socket.socket() as free:
         free.bind(("", 0))
         here = f"{os.environ.get('SLURMD_NODENAME') or socket.gethostname()}:{free.getsockname()[1]}"
-    return ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", *torchrun, f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={here}", f"--rdzv-id={os.environ['SLURM_JOB_ID']}", "-m"]
+    cpus = [f"--cpus-per-task={os.environ['SLURM_CPUS_PER_TASK']}"] if "SLURM_CPUS_PER_TASK" in os.environ else []  # which srun doesn't take from the allocation
+    return ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", *cpus, *torchrun, f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={here}", f"--rdzv-id={os.environ['SLURM_JOB_ID']}", "-m"]
 
 
 def launch(
