@@ -117,7 +117,7 @@ class _ToFixedProxies(torch.autograd.Function):
     def backward(ctx, gradient):
         return gradient * ctx.saved_tensors[0], None, None, None, None
 
-# %% ../nbs/02_loss.ipynb #f13222fd
+# %% ../nbs/02_loss.ipynb #e8a7afb1
 class AsymptoticProxyLoss(nn.Module):
     "Cross entropy over cosine similarities to one proxy a class; in training mode each call then moves the proxies."
 
@@ -156,9 +156,9 @@ class AsymptoticProxyLoss(nn.Module):
         _check_shapes(embeddings, labels, self.proxies.shape[1])
         with torch.autocast(embeddings.device.type, enabled=False):
             unit, labels = F.normalize(embeddings.to(_wide(embeddings))), labels.long()
-            everyone, all_labels = gather_rows(unit, labels)
+            everyone, all_labels = gather_rows(unit, labels) if self.training else (unit, labels)
             _check_values(everyone, all_labels, len(self.proxies))
-            count = len(everyone) / world()[1]
+            count = len(everyone) / (world()[1] if self.training else 1)
             if self.with_learnable_proxy:
                 return _cross_entropies(proxy_similarities(unit, self.proxies) / self.temperature, labels).sum() / count
             loss = _ToFixedProxies.apply(unit, self.proxies.to(unit.dtype), labels, self.temperature, count)
