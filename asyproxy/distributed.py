@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -117,11 +118,11 @@ def launch(
 ):
     "Runs `python -m module arguments` in that many processes and prints what they print. Raises RuntimeError with the error of the first that fails."
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // devices))} | os.environ
-    lines = []
+    lines = deque(maxlen=400)
     with subprocess.Popen([*_torchrun(devices), module, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment) as process:
         try:
             for line in process.stdout:
-                lines = [*lines[-400:], line.rstrip()]
+                lines.append(line.rstrip())
                 print(line, end="", flush=True)
         except BaseException:  # a kernel that is interrupted takes them along
             process.terminate()
@@ -130,7 +131,7 @@ def launch(
         raise RuntimeError(f"one of {devices} processes failed: {_reason(lines)}")
 
 
-def _reason(lines: list[str]) -> str:
+def _reason(lines: deque[str]) -> str:
     "The last line of the first traceback."
     after = iter(lines)
     for line in after:

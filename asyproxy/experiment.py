@@ -11,10 +11,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from .data import ImageData, ImageSet, hold_out_classes, test_sets
-from .distributed import joined, launch, once, world
+from .distributed import joined, launch, world
 from .files import write_atomically
 from .loss import AsymptoticProxyLoss, move_proxies
 from .model import EmbeddingModel, embed, save_model

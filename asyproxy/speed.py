@@ -7,7 +7,6 @@ __all__ = ['proxy_step', 'training_rate', 'measure']
 
 # %% ../nbs/04c_speed.ipynb #15061767
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -24,14 +23,7 @@ from .training import Step, set_precision
 # %% ../nbs/04c_speed.ipynb #046c4ea7
 def _timed(call, steps: int, device: torch.device) -> float:
     "Median seconds; the first call is not counted."
-    seconds = []
-    for _ in range(steps + 1):
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+    return statistics.median([_timed_once(call, device) for _ in range(steps + 1)][1:])
 
 
 def proxy_step(kind: str, num_classes: int, *, feature_dim: int = 512, batch_size: int = 128, steps: int = 5, device: str = "cpu") -> dict:
