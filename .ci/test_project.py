@@ -1,0 +1,368 @@
+"""What `make test` checks: the files of the project, every library notebook, and every study on small parameters."""
+
+import ast
+import io
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tokenize
+import tomllib
+from filecmp import cmp
+from importlib.metadata import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from project import ROOT, library, readme, studies
+
+from asyproxy.experiment import Experiment, parameters_cell, smallest
+from asyproxy.study.parameters import STUDIES
+
+# A test sees no GPU, no hub and none of the user's own results; two run at a time, so each has one thread.
+ENVIRONMENT = os.environ | {
+    "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1", "OMP_NUM_THREADS": "1",
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def call(*command, **options) -> str:
+    "The output of a command; fails with its end where the command does."
+    command, output = list(map(str, command)), {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(command, check=False, **{"env": ENVIRONMENT, "cwd": ROOT, **output, **options})
+    assert not done.returncode, f"{' '.join(command)} ended with code {done.returncode}\n{done.stdout[-6000:]}"
+    return done.stdout
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+# What is made from the notebooks is in step with them.
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    "The sources, to be cleaned and exported without touching the checkout."
+    left_out = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+    for folder in ("nbs", "asyproxy"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=left_out)
+    for file in ("settings.ini", "pyproject.toml"):
+        shutil.copy(ROOT / file, tmp_path)
+    return tmp_path
+
+
+def test_notebooks_are_clean(copy):
+    call("nbdev_clean", "--fname", copy / "nbs", cwd=copy)
+    dirty = [name(path) for path in library() + studies() if not cmp(path, copy / name(path), shallow=False)]
+    assert not dirty, f"expected notebooks as nbdev_clean leaves them, got {', '.join(dirty)}: run nbdev_clean"
+
+
+def test_package_is_what_the_notebooks_export(copy):
+    for module in (copy / "asyproxy").rglob("*.py"):
+        if module != copy / "asyproxy" / "__init__.py":
+            module.unlink()
+    call("nbdev_export", cwd=copy)
+    ours, exported = ({str(path.relative_to(base)) for path in base.glob("asyproxy/**/*.py")} for base in (ROOT, copy))
+    stale = sorted(ours - exported)
+    assert not stale, f"expected a notebook for every module, got none for {', '.join(stale)}: delete it"
+    changed = [file for file in exported if file not in ours or not cmp(ROOT / file, copy / file, shallow=False)]
+    assert not changed, f"expected modules as exported, got others: {', '.join(changed)}: run nbdev_export"
+
+
+def test_readme_is_what_the_index_gives():
+    assert (ROOT / "README.md").read_text() == readme(), "expected README.md as nbs/index.ipynb gives it: make build"
+
+
+@pytest.mark.parametrize("path", studies(), ids=name)
+def test_parameters_are_those_of_the_dataclass(path):
+    notebook = json.loads(path.read_text())
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    tagged = [cell["source"] for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]
+    expected = parameters_cell(STUDIES[path.stem])
+    assert ["".join(source) for source in tagged] == [expected], \
+        f"expected as the only cell tagged parameters in {path.name}:\n{expected}"
+
+
+# Imports go one way.
+
+STREAM = (  # a wing imports from the lines above its own, and from no other wing in its line
+    ("files", "experiment", "uncertainty"),
+    ("processes",),
+    ("data", "model", "loss", "evaluation"),
+    ("retrieval",),
+    ("training",),
+    ("figures", "study", "fixtures", "measuring"),
+    ("__main__",),
+)
+ONLY = {"matplotlib": "figures", "seaborn": "figures", "scienceplots": "figures"}  # package: the wing that imports it
+
+
+def imports(path: Path) -> set[str]:
+    "Modules that a module imports, at its head or later, with their full names."
+    module, found = ("asyproxy", *path.relative_to(ROOT / "asyproxy").with_suffix("").parts), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            start = ".".join(module[:-node.level]) + "." if node.level else ""
+            source = (start + (node.module or "")).rstrip(".")
+            found |= {f"{source}.{alias.name}" if is_room(f"{source}.{alias.name}") else source for alias in node.names}
+    return found
+
+
+def is_room(module: str) -> bool:
+    return (ROOT / Path(*module.split("."))).with_suffix(".py").exists()
+
+
+def against_the_stream(graph: dict[str, set[str]]) -> list[str]:
+    "What is wrong in module -> the modules that it imports."
+    floor = {wing: number for number, line in enumerate(STREAM) for wing in line}
+    wrong = []
+    for module, targets in graph.items():
+        wing = module.split(".")[1]
+        for target in targets:
+            first, _, rest = target.partition(".")
+            other = rest.partition(".")[0]
+            if first == "asyproxy" and other and other != wing and floor[other] >= floor[wing]:
+                wrong.append(f"{module} imports {target}, which is not above {wing}")
+            if ONLY.get(first, wing) != wing:
+                wrong.append(f"{module} imports {first}, which only {ONLY[first]} does")
+    return wrong + circles(graph)
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    "Modules that can't be put in an order, because they import each other."
+    left = {module: targets & graph.keys() - {module} for module, targets in graph.items()}
+    while free := [module for module, targets in left.items() if not targets & left.keys()]:
+        for module in free:
+            del left[module]
+    return [f"a circle of imports: {', '.join(sorted(left))}"] if left else []
+
+
+def rooms() -> dict[str, set[str]]:
+    graph = {}
+    for path in sorted((ROOT / "asyproxy").rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        if module not in ("asyproxy", "asyproxy._modidx"):
+            graph[module] = imports(path)
+    return graph
+
+
+def test_imports_go_one_way():
+    assert not against_the_stream(rooms())
+
+
+@pytest.mark.parametrize("module, target", (
+    ("asyproxy.loss.moving", "asyproxy.model"), ("asyproxy.evaluation.levels", "asyproxy.training.loop"),
+    ("asyproxy.evaluation.levels", "asyproxy.evaluation.retrieval"), ("asyproxy.study.record", "matplotlib.pyplot")))
+def test_an_import_against_the_stream_is_seen(module, target):
+    graph = rooms()
+    assert against_the_stream({**graph, module: graph[module] | {target}})
+
+
+def test_no_nbdev_in_the_package():
+    imported = {target.split(".")[0] for targets in rooms().values() for target in targets}
+    assert not imported & {"nbdev", "fastcore"}
+
+
+# Lines and cells can be read.
+
+
+def code_cells(path: Path) -> list[str]:
+    return ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
+def is_exported(source: str) -> bool:
+    return any(line.replace(" ", "").startswith("#|export") for line in source.splitlines())
+
+
+def length(source: str) -> int:
+    "Lines of a cell without imports, blank lines and directives."
+    imported = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    left_out = {number for node in imported for number in range(node.lineno, node.end_lineno + 1)}
+    lines = enumerate(source.splitlines(), 1)
+    return sum(1 for number, line in lines if line.strip() and not line.startswith("#|") and number not in left_out)
+
+
+def uncommented(source: str) -> list[str]:
+    "Public arguments and fields that have no comment on their line."
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    commented, bare = {token.start[0] for token in tokens if token.type == tokenize.COMMENT}, []
+    for node in ast.parse(source).body:
+        public = not getattr(node, "name", "_").startswith("_")
+        for item in [node, *node.body] if public and isinstance(node, ast.ClassDef) else [node] if public else []:
+            if isinstance(item, ast.FunctionDef) and (item.name == "__init__" or not item.name.startswith("_")):
+                arguments = [a for a in ast.walk(item.args) if isinstance(a, ast.arg) and a.arg not in ("self", "cls")]
+                bare += [f"{item.name}({a.arg})" for a in arguments if a.lineno not in commented]
+            described = isinstance(getattr(item, "value", None), ast.Call)  # a field of `asyproxy.experiment.parameter`
+            if isinstance(item, ast.AnnAssign) and not described and item.lineno not in commented:
+                bare.append(f"{node.name}.{item.target.id}")
+    return bare
+
+
+def test_exported_cells_are_short():
+    lengths = [length(source) for path in library() for source in code_cells(path) if is_exported(source)]
+    lengths = [number for number in lengths if number]
+    over = sum(number > 20 for number in lengths) / len(lengths)
+    assert statistics.median(lengths) <= 12 and over < 0.1 and max(lengths) <= 45, \
+        f"{statistics.median(lengths)} lines in the median, {over:.0%} over 20, {max(lengths)} at most"
+
+
+@pytest.mark.parametrize("path", library() + studies(), ids=name)
+def test_notebook_can_be_read(path):
+    cells, problems = json.loads(path.read_text())["cells"], []
+    for before, cell in zip([{}, *cells], cells):
+        source = "".join(cell["source"])
+        claims = [line for line in source.splitlines() if line.startswith("> ")]  # head the module
+        lines = source.splitlines() if cell["cell_type"] == "code" else claims[:1]
+        problems += [f"over 120 columns: {line}" for line in lines if len(line) > 120]
+        if cell["cell_type"] == "code" and is_exported(source):
+            problems += [f"no comment: {argument}" for argument in uncommented(source)]
+            if length(source) and before.get("cell_type") != "markdown":
+                problems.append(f"no prose before {source.splitlines()[1]}")
+    assert not problems, "\n".join(problems)
+
+
+def test_ruff():
+    call("ruff", "check", ".ci", "asyproxy")
+
+
+# What is installed is what is asked for.
+
+
+def locked() -> dict[str, Requirement]:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    return {pin.name.lower(): pin for line in lines if line and not line.startswith("#") for pin in [Requirement(line)]}
+
+
+def test_lock_agrees_with_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
+    for requirement in map(Requirement, wanted):
+        pin = locked().get(requirement.name.lower())
+        if requirement.name != "asyproxy":
+            assert pin and requirement.specifier.contains(str(pin.specifier).removeprefix("==")), \
+                f"expected a version of {requirement} in requirements.txt, got {pin}"
+    assert "-r requirements.txt" in (ROOT / "environment.yml").read_text()
+
+
+def test_lock_installs_on_every_python_that_is_named():
+    oldest, newest = re.search(r"Python (\d+\.\d+\.\d+) to (\d+\.\d+)", readme()).groups()
+    for package in locked():
+        needs = SpecifierSet(metadata(package).get("Requires-Python") or "")
+        assert needs.contains(oldest) and needs.contains(f"{newest}.0"), \
+            f"expected {package} to install on Python {oldest} to {newest}, it needs {needs}"
+
+
+WITHOUT_EXTRAS = """
+import torch
+from asyproxy.evaluation import retrieval_metrics, retrieval_per_query
+from asyproxy.files import load_tensors
+from asyproxy.loss import AsymptoticProxyLoss
+from asyproxy.uncertainty import compare
+embeddings, labels = torch.randn(64, 16, requires_grad=True), torch.arange(64) % 8
+AsymptoticProxyLoss(8, 16)(embeddings, labels).backward()
+assert 0 <= retrieval_metrics(embeddings, labels)["recall@1"] <= 1
+try:
+    import pandas
+except ImportError:
+    pass
+else:
+    raise AssertionError("expected no pandas here")
+try:
+    compare(*[retrieval_per_query(embeddings, labels)] * 2)
+except (ValueError, ImportError) as error:
+    assert "asyproxy[tables]" in str(error), error
+else:
+    raise AssertionError("expected an error that names the extra")
+"""
+
+
+def test_loss_and_evaluation_need_little(tmp_path):
+    "As after `pip install asyproxy` without an extra: all other packages of the lock are hidden."
+    core = {"torch", "numpy", "scipy", "safetensors", "tqdm", "sympy", "mpmath", "networkx", "jinja2", "markupsafe",
+            "filelock", "fsspec", "typing_extensions", "setuptools", "packaging"}  # with what torch brings
+    hidden = {name.replace("-", "_") for name in locked()} - core | {"sklearn", "pil"}
+    for path in Path(torch.__file__).parents[1].iterdir():
+        if path.name.split(".")[0].lower() not in hidden:
+            (tmp_path / path.name).symlink_to(path)
+    paths = os.pathsep.join([str(ROOT), str(tmp_path)])
+    call(sys.executable, "-S", "-c", WITHOUT_EXTRAS, env=ENVIRONMENT | {"PYTHONPATH": paths})
+
+
+def test_wheel_holds_what_users_need(copy):
+    for file in ("README.md", "LICENSE"):
+        shutil.copy(ROOT / file, copy)
+    call(sys.executable, "-c", "from setuptools.build_meta import build_wheel; print(build_wheel('dist'))", cwd=copy)
+    listed = call(sys.executable, "-m", "zipfile", "-l", next(copy.glob("dist/*.whl")))
+    assert "asyproxy/evaluation/retrieval.py" in listed and "asyproxy/__main__.py" in listed
+    assert "asyproxy/fixtures" not in listed and "asyproxy/measuring" not in listed
+
+
+# Every notebook runs.
+
+
+@pytest.mark.parametrize("path", library(), ids=name)
+def test_library_notebook(path):
+    output = call("nbdev_test", "--path", path, "--n_workers", 0)
+    assert "Success" in output, output
+
+
+def run_study(study: str, output: Path, **values) -> dict:
+    "The record of a run with the smallest parameters, and those that differ."
+    options = [part for pair in (smallest(STUDIES[study]) | values).items() for part in ("-p", *map(str, pair))]
+    call("asyproxy", "run", study, *options, env=ENVIRONMENT | {"ASYPROXY_OUTPUT": str(output)})
+    newest = max((output / "figures" / "records").glob(f"{study}-*.json"), key=lambda path: path.stat().st_mtime)
+    return json.loads(newest.read_text())
+
+
+@pytest.mark.parametrize("study", sorted(STUDIES.keys() - {"benchmark", "report"}))
+def test_study(study, tmp_path):
+    run_study(study, tmp_path)
+
+
+def test_benchmark_and_report(tmp_path):
+    "The same command twice gives the same bits, two processes end near one, and the report reads all of it."
+    one, other = (run_study("benchmark", tmp_path) for _ in range(2))
+    assert all(one[key] == other[key] for key in ("metrics", "history", "data"))
+    assert set(one["metrics"]) == {"before", "last", "selected", "oracle"}
+    both = run_study("benchmark", tmp_path, devices=2)
+    recalls = [record["metrics"]["last"]["dense"]["recall@1"] for record in (one, both)]
+    assert both["run_id"] != one["run_id"] and abs(recalls[0] - recalls[1]) <= 0.01, recalls
+    anchored = run_study("benchmark", tmp_path, loss="proxy_anchor", loss_options="margin=0.2")
+    shutil.copy(ROOT / ".ci" / "record_of_before.json", tmp_path / "figures" / "records")  # of `asymptotic` proxies
+    report = run_study("report", tmp_path)
+    assert {one["run_id"], both["run_id"], anchored["run_id"]} <= set(report["records"])
+    results = (tmp_path / "figures" / "report" / "results.csv").read_text()
+    assert "proxy_anchor" in results and "benchmark-glyphs-lite0-asymptotic-512-0-94b0ecab" in results
+    assert "asymptotic," not in results
+
+
+def test_images_from_disk(tmp_path):
+    "`asyproxy prepare`, then the benchmark on what it found: boxes, query and gallery, decoded cache, two workers."
+    environment = ENVIRONMENT | {"ASYPROXY_OUTPUT": str(tmp_path), "ASYPROXY_CACHE": str(tmp_path / "cache")}
+    script = "import sys; from asyproxy.fixtures import write_fixture; write_fixture(sys.argv[1], 'isc', 'official')"
+    call(sys.executable, "-c", script, tmp_path / "data" / "isc")
+    options = ("--data_path", tmp_path / "data", "--cropped", "--allow_incomplete", "--cache")
+    printed = call("asyproxy", "prepare", "isc", *options, env=environment)
+    command = printed.strip().splitlines()[-1].removeprefix("next: ").split()
+    values = smallest(Experiment) | {"data_name": "isc", "validation": 0.0, "batch_size": 4}
+    values |= {"recalls": "1,2", "num_workers": 2}
+    call(*command, *(part for pair in values.items() for part in ("-p", *map(str, pair))), env=environment)
+    record = json.loads(next((tmp_path / "figures" / "records").glob("benchmark-isc-*.json")).read_text())
+    expected = {"complete": False, "cropped": True}
+    expected |= {"query": {"images": 3, "classes": 3}, "gallery": {"images": 6, "classes": 3}}
+    assert {key: record["data"].get(key) for key in expected} == expected
+
+
+def test_toy_on_photographs(tmp_path):
+    "The same notebook on STL10: only data_name and data_path change."
+    script = "import sys; from asyproxy.fixtures import write_stl10; write_stl10(sys.argv[1])"
+    call(sys.executable, "-c", script, tmp_path / "stl10")
+    data = run_study("toy", tmp_path, data_name="stl10", data_path=tmp_path, allow_incomplete=True)["data"]
+    assert (data["train"]["classes"], data["test"]["classes"], data["complete"]) == (7, 3, False)
