@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: study test lab bench build
 study: $(VENV)/ready
 	$(BIN)/asyproxy run toy
-	@set -e; for seed in 0 1 2; do for loss in asymptotic learnable; do \
+	@set -e; for seed in 0 1 2; do for loss in moving learnable; do \
 	  echo "asyproxy run benchmark -p loss $$loss -p seed $$seed"; $(BIN)/asyproxy run benchmark -p loss $$loss -p seed $$seed; done; done
 	$(BIN)/asyproxy report
 
