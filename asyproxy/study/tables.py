@@ -13,7 +13,7 @@ import re
 
 import pandas as pd
 
-from ..experiment import Experiment, parameters
+from ..experiment import Experiment, Images, parameters
 from ..uncertainty import half_width
 
 # %% ../../nbs/study/tables.ipynb #df9ef9f8
@@ -125,7 +125,7 @@ def compared(
     return rows.groupby(keys, sort=False, as_index=False).agg(how)[list(rows)]
 
 # %% ../../nbs/study/tables.ipynb #8a119170
-_IMAGES = ("data_name", "cropped", "allow_incomplete", "skip_unreadable", "test_classes", "split_seed", "cache")
+_IMAGES = [name for name, one in parameters(Images).items() if one.result]
 
 
 def _with_fingerprints(rows: pd.DataFrame) -> pd.DataFrame:
