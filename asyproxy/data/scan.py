@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['DTYPES', 'Opened', 'scan', 'table_paths', 'Kept', 'kept_table', 'problems_path', 'keep_table']
 
-# %% ../../nbs/data/scan.ipynb #aaef99e6
+# %% ../../nbs/data/scan.ipynb #c930ad4d
 import csv
 import hashlib
+import io
 import os
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -99,21 +100,27 @@ def table_paths(
     digest = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
     return [root / f"asyproxy-{name}.csv", cache_folder() / "tables" / f"{name}-{digest}.csv"]
 
-# %% ../../nbs/data/scan.ipynb #54a87620
+# %% ../../nbs/data/scan.ipynb #4d6cffaa
 class Kept(NamedTuple):
     "A table that was kept, and where."
     path: Path  # the CSV file
     table: pd.DataFrame  # as `scan` gives it
 
 
+def _seal(lines: bytes) -> bytes:
+    "The last line."
+    return f"sha256 {hashlib.sha256(lines).hexdigest()}\n".encode()
+
+
 def _read_table(path: Path) -> pd.DataFrame:
     "Raises OSError where there is none, or ValueError where it is damaged or no table of ours."
-    table = pd.read_csv(path, keep_default_na=False, dtype=DTYPES)
-    if not {"image", *Opened._fields} <= set(table) or table["image"].duplicated().any():
-        raise ValueError(f"expected each image once, with {', '.join(Opened._fields)}, in {path}")
-    whole = table["sha256"].str.fullmatch("[0-9a-f]{64}") | (table["problem"] != "")
-    if table.isna().any(axis=None) or not whole.all():
-        raise ValueError(f"expected the SHA-256 of every image, or what is wrong with it, in {path}")
+    content = path.read_bytes()
+    lines = content[:-len(_seal(b""))]
+    if content != lines + _seal(lines):
+        raise ValueError(f"expected the hash of all lines before it in the last line of {path}")
+    table = pd.read_csv(io.BytesIO(lines), keep_default_na=False, dtype=DTYPES)
+    if not {"image", *Opened._fields} <= set(table):
+        raise ValueError(f"expected {', '.join(Opened._fields)} of each image in {path}")
     return table
 
 # %% ../../nbs/data/scan.ipynb #3294047d
@@ -135,12 +142,13 @@ def problems_path(
     "Where the problems of its images are listed, one a line."
     return path.with_name(path.stem + "-problems.txt")
 
-# %% ../../nbs/data/scan.ipynb #259cd4de
+# %% ../../nbs/data/scan.ipynb #25d43965
 def _write(path: Path, table: pd.DataFrame, problems: list[str], kept: Kept | None):
     "Table and problems, as far as they are not there already."
     if kept is None or kept.path != path or not kept.table.equals(table):
+        lines = table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").encode()
         with write_atomically(path) as temporary:
-            table.to_csv(temporary, index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+            temporary.write_bytes(lines + _seal(lines))
     listing, text = problems_path(path), "".join(f"{problem}\n" for problem in problems).encode()
     if problems and not (listing.exists() and listing.read_bytes() == text):
         with write_atomically(listing) as temporary:
