@@ -89,9 +89,9 @@ def _surroundings(folder: Path, path: Path, draw: bool) -> dict[str, str]:
         own["ASYPROXY_CACHE"] = str(Path(cache).expanduser().absolute())
     return os.environ | own | {"IPYTHONDIR": str(folder / ".jupyter"), "JUPYTER_RUNTIME_DIR": str(folder / ".jupyter")}
 
-# %% ../../nbs/study/run.ipynb #6534e0b6
+# %% ../../nbs/study/run.ipynb #bff33431
 _NOISE = ("Input Notebook:", "Output Notebook:", "Working directory:", "Executing ", "Ending Cell", "<Figure size",
-          "[IPKernelApp]", "Kernel died")
+          "[IPKernelApp]", "Kernel died", "Unable to parse line")
 
 
 def _show(process: subprocess.Popen, log: Path) -> str:
