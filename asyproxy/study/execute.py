@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['SLOWEST_START', 'ThisPython', 'execute', 'main']
 
-# %% ../../nbs/study/execute.ipynb #77a678c0
+# %% ../../nbs/study/execute.ipynb #80295c5a
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def _end_kernels():
         if process := getattr(manager.provisioner, "process", None):
             process.kill()
 
-# %% ../../nbs/study/execute.ipynb #7a8f410a
+# %% ../../nbs/study/execute.ipynb #ba230c2e
 SLOWEST_START = 900  # seconds
 
 
@@ -56,7 +57,7 @@ def execute(
 ) -> str:  # "": it went through
     "Runs a notebook in its own folder, and says why it stopped."
     options = {"kernel_name": "python3", "language": "python", "start_timeout": SLOWEST_START, "log_output": True,
-               "progress_bar": False, "kernel_manager_class": ThisPython}
+               "progress_bar": False, "kernel_manager_class": ThisPython, "shutdown_kernel": "immediate"}
     try:
         execute_notebook(_escaped(notebook), _escaped(executed), values, cwd=str(Path(notebook).parent), **options)
     except PapermillExecutionError as error:
@@ -67,7 +68,7 @@ def execute(
         return f"the kernel did not start within {SLOWEST_START} seconds, or ended: {error}"
     return ""
 
-# %% ../../nbs/study/execute.ipynb #586dda9b
+# %% ../../nbs/study/execute.ipynb #57f74cfb
 def main(
     job: str,  # arguments of `execute` as JSON
 ) -> int:  # exit code
@@ -80,4 +81,4 @@ def main(
 
 
 if __name__ == "__main__" and globals().get("__spec__"):  # by python -m, and not in a notebook
-    sys.exit(main(*sys.argv[1:]))
+    os._exit(main(*sys.argv[1:]))  # nothing is left to be done, and libraries take seconds to be taken down

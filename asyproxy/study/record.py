@@ -148,7 +148,7 @@ def owned(
                          "wait for it, or end it") from error
     return lock
 
-# %% ../../nbs/study/record.ipynb #39f20c5e
+# %% ../../nbs/study/record.ipynb #b3cdad0b
 class Run:
     "A run from inside its notebook: checks the parameters, starts the clock, and writes the record."
 
@@ -164,17 +164,19 @@ class Run:
         fingerprint = self.data.fingerprint()["sha256"] if self.data else ""
         self.id = run_id(study, known, self.parameters, fingerprint)
         self.folder, self.record = places(self.id, self.said)
+        self.results = None  # of the record, where it is only to be drawn again
+        if os.environ.get("ASYPROXY_DRAW"):
+            self.folder, self.results = output_folder("runs", self.id), read_record(self.record)
         self.figures = output_folder("figures", study)
         self._lock, self.started = owned(output_folder("runs", self.id), "notebook"), time.perf_counter()
         self.seconds_before = _seconds_before(self.folder)
-        self.results = read_record(self.record) if os.environ.get("ASYPROXY_DRAW") else None
 
     def finish(
         self,
         **results,  # JSON values: metrics, history, data, ...
     ) -> Path:  # of the record
         "Writes the record, in one step. Raises ValueError where a result cannot be kept as JSON."
-        if self.results:  # to be drawn again
+        if self.results:
             return self.record
         seconds = round(self.seconds_before + time.perf_counter() - self.started, 1)
         text = record_text({"run_id": self.id, "study": self.study, "parameters": self.said, **results,
