@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SELECT', 'both_codes', 'evaluate', 'taken_by', 'load_images', 'starting_model', 'starting_loss',
-           'checkpoint_settings', 'train_experiment', 'main', 'test_experiment', 'run_experiment', 'try_experiment']
+           'checkpoint_settings', 'check_experiment', 'train_experiment', 'main', 'test_experiment', 'run_experiment',
+           'try_experiment']
 
-# %% ../../nbs/training/protocol.ipynb #8cc0de94
+# %% ../../nbs/training/protocol.ipynb #b950b1c1
 import inspect
 import json
 import sys
@@ -19,7 +20,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ..data import ImageData, ImageSet, hold_out_classes, load_data, test_sets
-from ..evaluation import retrieval_metrics
+from ..evaluation import check_answers, retrieval_metrics
 from ..experiment import Experiment, identity, numbers, parameters
 from ..files import write_atomically
 from ..loss import LOSSES, Diverged, build_loss, lr_factor, move_proxies
@@ -125,14 +126,13 @@ def _tested(experiment: Experiment, model: EmbeddingModel, queries, gallery, fea
     recalls = numbers(experiment.recalls)
     return evaluate(model, queries, gallery, recalls=recalls, features=features, num_workers=experiment.num_workers)
 
-# %% ../../nbs/training/protocol.ipynb #03b1dd4b
+# %% ../../nbs/training/protocol.ipynb #136fa674
 def checkpoint_settings(
     experiment: Experiment,  # that trains
     data: ImageData,  # its images
 ) -> dict:  # JSON values
     "What a run that goes on from a checkpoint has in common with it."
     settings = identity(parameters(type(experiment)), asdict(experiment))
-    settings.pop("data_path", None)  # the fingerprint says it better
     tested = {"recalls": experiment.recalls} if experiment.oracle else {}
     return settings | tested | {"data": data.fingerprint()["sha256"]}
 
@@ -168,6 +168,39 @@ def _check(experiment: Experiment, device: torch.device):
                          f"which sees only the images of its own process, got {experiment.devices}")
     if experiment.initial_proxies == "means" and not entry.proxies:
         raise ValueError(f"expected a loss with proxies for initial_proxies means, {experiment.loss} has none")
+
+# %% ../../nbs/training/protocol.ipynb #5ca2e4ba
+def _check_weights(experiment: Experiment):
+    words = parameters(Experiment)["weights"].words
+    if experiment.weights not in words and not Path(experiment.weights).expanduser().is_file():
+        raise ValueError(f"expected weights to be one of {', '.join(words)} or the path of a file, "
+                         f"got {experiment.weights!r}, and there is no such file")
+
+
+def _check_tests(data: ImageData, recalls: tuple[int, ...]):
+    "Raises ValueError where the test classes cannot give a metric."
+    labels, splits = data.table["label"].to_numpy(), data.table["split"]
+    if "test" in set(splits):
+        check_answers(labels[splits == "test"], recalls=recalls)
+    else:
+        check_answers(labels[splits == "query"], labels[splits == "gallery"], recalls=recalls)
+
+
+def check_experiment(
+    experiment: Experiment,  # to be trained and tested
+    data: ImageData,  # its images, of which none is opened
+):
+    "Raises ValueError on what would fail later: device, loss, weights, classes to choose the epoch by, K of recalls."
+    _check(experiment, pick_device(experiment.device))
+    _check_weights(experiment)
+    _, validation = hold_out_classes(data, experiment.validation, experiment.seed)
+    if experiment.validation:
+        try:
+            check_answers(data.table["label"].to_numpy()[validation], recalls=(1,))
+        except ValueError as error:
+            raise ValueError(f"{error}; those were the classes to choose the epoch by: another share of validation, "
+                             "or 0, does without them") from error
+    _check_tests(data, numbers(experiment.recalls))
 
 # %% ../../nbs/training/protocol.ipynb #e2153a36
 def train_experiment(
@@ -231,14 +264,15 @@ def test_experiment(
         metrics["oracle"] = {"epoch": best["epoch"], **best["validation"]["test"]}
     return metrics
 
-# %% ../../nbs/training/protocol.ipynb #2ddfb77c
+# %% ../../nbs/training/protocol.ipynb #4681a25c
 def run_experiment(
     experiment: Experiment,  # what to train and to test, and how
     folder: str | Path,  # for checkpoints, models and the database
     data: ImageData | None = None,  # its images, if they are loaded already
 ) -> dict:  # metrics (of `test_experiment`), history, select, collapse (signs at the end), data (name, fingerprint)
-    "Trains, chooses the epoch on held-out training classes, and tests once. Raises what `train_experiment` raises."
+    "Trains, chooses the epoch on held-out training classes, and tests once. Raises as check_ and train_experiment do."
     data = load_images(experiment) if data is None else data
+    check_experiment(experiment, data)
     history = train_experiment(experiment, folder, data)
     metrics = test_experiment(experiment, folder, data, history)
     return {"metrics": metrics, "history": history, "select": SELECT, "collapse": history[-1]["collapse"],
