@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Engine', 'engine_for', 'check_answers', 'retrieval_per_query', 'retrieval_metrics', 'clustering_nmi']
 
-# %% ../../nbs/evaluation/retrieval.ipynb #0c9fcbc5
+# %% ../../nbs/evaluation/retrieval.ipynb #545dd02f
 import functools
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -111,18 +112,28 @@ def _checked_recalls(recalls: Sequence[int], gallery_size: int, itself: bool) ->
         raise ValueError(f"expected each K of recalls in 1 ... {size}, {gallery}, got {places}")
     return tuple(map(int, places))
 
-# %% ../../nbs/evaluation/retrieval.ipynb #391fe371
+# %% ../../nbs/evaluation/retrieval.ipynb #c1a056de
+def _has_answer(labels, photos, searched, searched_photos) -> bool:
+    "Whether any query has an image of its class in another photograph."
+    of_class, of_photo = Counter(searched.tolist()), Counter(zip(searched.tolist(), searched_photos.tolist()))
+    return any(of_class[label] > of_photo[label, photo] for label, photo in set(zip(labels.tolist(), photos.tolist())))
+
+# %% ../../nbs/evaluation/retrieval.ipynb #a9ce9b76
 def check_answers(
     labels: np.ndarray,  # (N,), of the queries
     gallery_labels: np.ndarray | None = None,  # (G,); None: each query searches the N - 1 others
     *,
     recalls: Sequence[int] = (1, 2, 4, 8),  # each K of Recall@K
+    photos: np.ndarray | None = None,  # (N,), integers: those of its photograph are no answers; None: only itself
+    gallery_photos: np.ndarray | None = None,  # (G,), as photos
 ):
     "Raises ValueError where the metrics of such labels would: on a K beyond the gallery, or without a positive."
     itself = gallery_labels is None
     searched = labels if itself else gallery_labels
     _checked_recalls(recalls, len(searched), itself)
-    if not np.isin(labels, searched).any() or itself and len(np.unique(labels)) == len(labels):
+    if photos is None:
+        photos, gallery_photos = np.arange(len(labels)), -1 - np.arange(len(searched))
+    if not _has_answer(labels, photos, searched, photos if itself else gallery_photos):
         reason = "every class has a single image" if itself else "no class of a query is in the gallery"
         raise ValueError("expected queries with another item of their class in the gallery, "
                          f"got none among {len(labels)}: {reason}")

@@ -54,11 +54,11 @@ class EmbeddingDatabase:
     def __len__(self):
         return len(self.rows)
 
-# %% ../../nbs/retrieval/database.ipynb #69451970
+# %% ../../nbs/retrieval/database.ipynb #6a10d48c
 def build_database(
     model: EmbeddingModel,  # trained or not
     data: ImageData,  # any data set
-    split: str = "test",  # which images can be found
+    split: str | np.ndarray = "test",  # which images can be found; or a boolean mask over the table
     *,
     num_workers: int = 0,  # processes that read images
 ) -> EmbeddingDatabase:
@@ -78,19 +78,20 @@ def _check_search(database: EmbeddingDatabase, queries: torch.Tensor, retrieval_
         raise ValueError(f"expected retrieval_num in 1 ... {available}, the images that can be found, "
                          f"got {retrieval_num}")
 
-# %% ../../nbs/retrieval/database.ipynb #78552a7c
+# %% ../../nbs/retrieval/database.ipynb #2846a896
 def search(
     database: EmbeddingDatabase,  # N images
     queries: torch.Tensor,  # (Q, D), rows of any length but 0
     retrieval_num: int = 8,  # K
     *,
-    exclude: torch.Tensor | None = None,  # (Q,), position in the database that each query may not find
+    exclude: torch.Tensor | None = None,  # (Q, N), bool: the images that each query may not find
 ) -> tuple[torch.Tensor, torch.Tensor]:  # cosines (Q, K), descending, and positions in the database (Q, K)
     "Raises ValueError on a wrong dimension, or where the database holds fewer than K images."
-    _check_search(database, queries, retrieval_num, len(database) - (exclude is not None))
+    excluded = 0 if exclude is None else int(exclude.sum(dim=1).max())
+    _check_search(database, queries, retrieval_num, len(database) - excluded)
     similarities_QN = F.normalize(queries.float()) @ database.embeddings.T
     if exclude is not None:
-        similarities_QN.scatter_(1, exclude[:, None], -torch.inf)
+        similarities_QN.masked_fill_(exclude, -torch.inf)
     similarities_QN, order_QN = similarities_QN.sort(dim=1, descending=True, stable=True)
     return similarities_QN[:, :retrieval_num], order_QN[:, :retrieval_num]
 
@@ -135,7 +136,7 @@ def _drawn_answers(
     label = data.table["label"][row]
     return [(_picture(data, int(database.rows[i])), bool(database.labels[i] == label)) for i in positions]
 
-# %% ../../nbs/retrieval/database.ipynb #c6bafc31
+# %% ../../nbs/retrieval/database.ipynb #e96347a8
 def example_answers(
     model: EmbeddingModel,  # the one that the database was built with
     data: ImageData,  # the data set of the database and the queries
@@ -144,12 +145,13 @@ def example_answers(
     *,
     retrieval_num: int = 8,  # answers to a query, or as many as there are
     count: int = 8,  # queries, or as many as there are classes
-    leave_out_query: bool = True,  # the queries are the images of the database: none is its own answer
+    leave_out_query: bool = True,  # no query is its own answer, nor is another box of its photograph
 ) -> list[tuple]:  # (image, class name, [(image, is of the query's class)]) with images (H, W, 3)
     "What a database answers to a few queries, for `figures.retrieval_gallery`."
     chosen = _spread_queries(queries.targets, count)
     embeddings, _ = embed(model, [queries[i] for i in chosen])
-    _, answers_QK = search(database, embeddings, min(retrieval_num, len(database) - leave_out_query),
-                           exclude=torch.as_tensor(chosen) if leave_out_query else None)
+    itself = torch.as_tensor(queries.photos[chosen, None] == data.photos[database.rows]) & leave_out_query
+    available = len(database) - int(itself.sum(dim=1).max())
+    _, answers_QK = search(database, embeddings, min(retrieval_num, available), exclude=itself)
     return [(_picture(data, row), data.table["class_name"][row], _drawn_answers(data, database, row, positions))
             for row, positions in zip(queries.rows[chosen], answers_QK)]
