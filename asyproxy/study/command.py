@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../../nbs/study/command.ipynb #13805420
+# %% ../../nbs/study/command.ipynb #869ea12b
 import argparse
 import shlex
+import signal
 import sys
 
 from ..experiment import Images, expectation, parameters
-from .record import output_folder
+from .environment import output_folder
 from .run import find_notebook, notebook_parameters, run
 
-# %% ../../nbs/study/command.ipynb #9005e3f4
+# %% ../../nbs/study/command.ipynb #c5e1eb78
 def _add_run(commands):
     "The command `asyproxy run`."
     runner = commands.add_parser(
@@ -23,6 +24,7 @@ def _add_run(commands):
     runner.add_argument("notebook", help="a path, or the name of a notebook in nbs/studies (toy, benchmark)")
     runner.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                         help="a parameter of the notebook, may be repeated")
+    runner.add_argument("--draw", action="store_true", help="draw the figures of its record again, without training")
     runner.add_argument("--parameters", action="store_true", help="list what the notebook takes, and run nothing")
 
 
@@ -71,7 +73,7 @@ def _report():
     for path in sorted(folder.glob("*/*.png")) + sorted(folder.glob("*/*.gif")):
         print(f"  {path.relative_to(folder.parent)}")
 
-# %% ../../nbs/study/command.ipynb #84c5d1ea
+# %% ../../nbs/study/command.ipynb #57794168
 def _parser(asked: str) -> argparse.ArgumentParser:
     "For the command that is asked for."
     parser = argparse.ArgumentParser(
@@ -93,21 +95,49 @@ def _act(options: dict):
     elif options["parameters"]:
         _list_parameters(options["notebook"])
     else:
-        run(options["notebook"], dict(options["parameter"]))
+        run(options["notebook"], dict(options["parameter"]), draw=options["draw"])
 
-# %% ../../nbs/study/command.ipynb #7a0c3898
+# %% ../../nbs/study/command.ipynb #8d3e90ae
+class _Ended(BaseException):
+    "A signal that ends this process; its argument is the number."
+
+
+def _end(number: int, _):
+    raise _Ended(number)
+
+
+def _listen():
+    "Signals that end a process become an exception."
+    for name in ("SIGTERM", "SIGHUP", "SIGINT"):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, _end)
+
+# %% ../../nbs/study/command.ipynb #f2cfe264
+def _tell(error: str) -> None:
+    print(f"asyproxy: {error}", file=sys.stderr)
+
+
 def main(
     arguments: list[str] | None = None,  # after the name of the command; None: of this process
 ) -> int:  # exit code
     "The console command `asyproxy`."
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:  # this is the process of the command
+        _listen()
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="replace")
+        arguments = sys.argv[1:]
     options = vars(_parser(arguments[0] if arguments else "").parse_args(arguments))
     try:
         _act(options)
     except (ValueError, OSError) as error:
-        print(f"asyproxy: {error}", file=sys.stderr)
+        _tell(error)
         return 2
     except RuntimeError as error:
-        print(f"asyproxy: {error}", file=sys.stderr)
+        _tell(error)
         return 1
+    except _Ended as ended:
+        number = ended.args[0]
+        _tell(f"ended by {signal.Signals(number).name}; the same command goes on from the last epoch it finished")
+        return 128 + number
     return 0
