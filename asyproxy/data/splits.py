@@ -28,7 +28,7 @@ def _rows(data: ImageData, rows: str | np.ndarray) -> np.ndarray:
         raise ValueError(f"expected at least one image of {data.name}, got no rows")
     return places
 
-# %% ../../nbs/data/splits.ipynb #2e2ba51b
+# %% ../../nbs/data/splits.ipynb #a2fd2d68
 class ImageSet(Dataset):
     "The chosen rows of a data set as (uint8 image, class index); `classes[index]` is the label in the table."
 
@@ -46,6 +46,12 @@ class ImageSet(Dataset):
         self.targets = np.searchsorted(self.classes, labels)
         crop = partial(random_crop, scale=data.crop_scale)
         self.reading = {"crop": crop, "shortest": data.image_size} if train and data.crop_scale else {}
+
+    @property
+    def class_names(self) -> list[str]:
+        "Of each class index; where the images of a class have several names, that of the first."
+        named = self.data.table.drop_duplicates("label").set_index("label")["class_name"]
+        return named[self.classes].astype(str).tolist()
 
     def __len__(self):
         return len(self.rows)
