@@ -53,6 +53,12 @@ class ImageSet(Dataset):
         "Which photograph each image is of: none of the same one is an answer to it."
         return self.data.photos[self.rows]
 
+    @property
+    def class_names(self) -> list[str]:
+        "Of each class index; where the images of a class have several names, that of the first."
+        named = self.data.table.drop_duplicates("label").set_index("label")["class_name"]
+        return named[self.classes].astype(str).tolist()
+
     def __len__(self):
         return len(self.rows)
 

@@ -107,10 +107,14 @@ class ImageData:
         box = None if self.boxes is None else tuple(self.boxes[row].tolist())
         return self.source.read(Row(row, self._images[row], box), crop=crop, shortest=shortest)
 
-    def fingerprint(self) -> dict:  # split -> number of images and of classes; sha256 -> hash
-        "Counts of images and classes per split, and one SHA-256 over the images."
+    @cached_property
+    def _fingerprint(self) -> dict:
         counts = {split: {"images": len(rows), "classes": rows["label"].nunique()}
                   for split, rows in self.table.groupby("split")}
         if "sha256" in self.table:
             return {**counts, "sha256": _hash_of_files(self.table)}
         return {**counts, "sha256": _hash_of_pixels(self.table, self.source.pixels)}
+
+    def fingerprint(self) -> dict:  # split -> number of images and of classes; sha256 -> hash
+        "Counts of images and classes per split, and one SHA-256 over the images; taken once, in up to two seconds."
+        return dict(self._fingerprint)

@@ -147,12 +147,13 @@ def checkpoint_settings(
     tested = {"recalls": experiment.recalls} if experiment.oracle else {}
     return settings | tested | {"data": data.fingerprint()["sha256"]}
 
-# %% ../../nbs/training/protocol.ipynb #742f5ee6
+# %% ../../nbs/training/protocol.ipynb #bbb0f476
 def _train(experiment: Experiment, folder: Path, device: torch.device, data: ImageData, settings: dict) -> list[dict]:
     "In one process, which may be one of many."
     train_rows, validation_rows = hold_out_classes(data, experiment.validation, experiment.seed)
     images = ImageSet(data, train_rows, train=True)
     model = starting_model(experiment)
+    model.class_names = images.class_names
     criterion = starting_loss(experiment, len(images.classes))
     model, criterion = model.to(device), criterion.to(device)
     if experiment.initial_proxies == "means":
