@@ -51,15 +51,26 @@ def _clip_boxes(table: pd.DataFrame) -> pd.DataFrame:
     table.loc[empty, "problem"] = "its box holds no pixel of the image"
     return table
 
-# %% ../../nbs/data/prepare.ipynb #2e7b6075
+# %% ../../nbs/data/prepare.ipynb #1cc84f79
+def _twins_in(rows: pd.DataFrame) -> list[str]:
+    "What is to be said of rows whose files are the same, byte for byte."
+    files, splits = rows.drop_duplicates("image"), set(rows["split"])
+    tested = files["split"][files["split"] != "train"]
+    found = {"under more than one class": files["label"].nunique() > 1,
+             "in training and in the test": "train" in splits and len(splits) > 1,
+             "more than once in the test, where a query finds its copy":
+             len(tested) > 1 and tested.isin(["test", "query"]).any() and tested.isin(["test", "gallery"]).any()}
+    return [name for name, holds in found.items() if holds]
+
+
 def _twins(table: pd.DataFrame) -> list[str]:
-    "A note on files that are the same, byte for byte, under different classes."
+    "Notes on files that are the same, byte for byte."
     whole = table[table["sha256"].duplicated(keep=False) & (table["problem"] == "")]
-    apart = [labels for _, labels in whole.groupby("sha256")["label"] if labels.nunique() > 1]
-    if not apart:
-        return []
-    first = " and ".join(table.loc[apart[0].index[:2], "image"])
-    return [f"photos stored under more than one class, byte for byte: {len(apart)}, such as {first}"]
+    found = {}
+    for _, rows in whole.groupby("sha256"):
+        for name in _twins_in(rows):
+            found.setdefault(name, []).append(" and ".join(rows["image"].unique()[:2]))
+    return [f"photos stored {name}, byte for byte: {len(pairs)}, such as {pairs[0]}" for name, pairs in found.items()]
 
 # %% ../../nbs/data/prepare.ipynb #4d8a8f05
 @dataclass
@@ -108,7 +119,7 @@ def _advice(verdict: _Verdict, allow_incomplete: bool, skip_unreadable: bool) ->
                       "or leave them out with --skip_unreadable (in a run: -p skip_unreadable true).")
     return " ".join(advice)
 
-# %% ../../nbs/data/prepare.ipynb #84fad2d0
+# %% ../../nbs/data/prepare.ipynb #adce673e
 def _usable(data_name: str, root: Path, table: pd.DataFrame, about: dict) -> ImageData:
     "Raises ValueError where nothing could be tested, or as `check_table` does."
     splits = set(table["split"])
@@ -116,7 +127,8 @@ def _usable(data_name: str, root: Path, table: pd.DataFrame, about: dict) -> Ima
         raise ValueError("expected images to train on and images to test on (or queries and a gallery), "
                          f"got only {', '.join(sorted(splits)) or 'none'}")
     columns = ["image", "label", "class_name", "split", *BOX, "height", "width", "sha256"]
-    table = table.sort_values(["label", "sha256", "image"], ignore_index=True)
+    order = ["label", "sha256", "image", *(edge for edge in BOX if edge in table)]
+    table = table.sort_values(order, ignore_index=True)
     return ImageData(data_name, table[[column for column in columns if column in table]], ImageFiles(root), about=about)
 
 # %% ../../nbs/data/prepare.ipynb #7b3c3fc0

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Engine', 'engine_for', 'check_answers', 'retrieval_per_query', 'retrieval_metrics', 'clustering_nmi']
 
-# %% ../../nbs/evaluation/retrieval.ipynb #0c9fcbc5
+# %% ../../nbs/evaluation/retrieval.ipynb #545dd02f
 import functools
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -111,18 +112,28 @@ def _checked_recalls(recalls: Sequence[int], gallery_size: int, itself: bool) ->
         raise ValueError(f"expected each K of recalls in 1 ... {size}, {gallery}, got {places}")
     return tuple(map(int, places))
 
-# %% ../../nbs/evaluation/retrieval.ipynb #391fe371
+# %% ../../nbs/evaluation/retrieval.ipynb #c1a056de
+def _has_answer(labels, photos, searched, searched_photos) -> bool:
+    "Whether any query has an image of its class in another photograph."
+    of_class, of_photo = Counter(searched.tolist()), Counter(zip(searched.tolist(), searched_photos.tolist()))
+    return any(of_class[label] > of_photo[label, photo] for label, photo in set(zip(labels.tolist(), photos.tolist())))
+
+# %% ../../nbs/evaluation/retrieval.ipynb #a9ce9b76
 def check_answers(
     labels: np.ndarray,  # (N,), of the queries
     gallery_labels: np.ndarray | None = None,  # (G,); None: each query searches the N - 1 others
     *,
     recalls: Sequence[int] = (1, 2, 4, 8),  # each K of Recall@K
+    photos: np.ndarray | None = None,  # (N,), integers: those of its photograph are no answers; None: only itself
+    gallery_photos: np.ndarray | None = None,  # (G,), as photos
 ):
     "Raises ValueError where the metrics of such labels would: on a K beyond the gallery, or without a positive."
     itself = gallery_labels is None
     searched = labels if itself else gallery_labels
     _checked_recalls(recalls, len(searched), itself)
-    if not np.isin(labels, searched).any() or itself and len(np.unique(labels)) == len(labels):
+    if photos is None:
+        photos, gallery_photos = np.arange(len(labels)), -1 - np.arange(len(searched))
+    if not _has_answer(labels, photos, searched, photos if itself else gallery_photos):
         reason = "every class has a single image" if itself else "no class of a query is in the gallery"
         raise ValueError("expected queries with another item of their class in the gallery, "
                          f"got none among {len(labels)}: {reason}")
@@ -136,6 +147,27 @@ def _measured(levels: Levels, recalls: tuple[int, ...], ties: str, with_precisio
         values["map@r"], values["r_precision"] = precisions(levels, ties)
     return values
 
+# %% ../../nbs/evaluation/retrieval.ipynb #44f4f20b
+def _photos(values, side: Side, name: str) -> torch.Tensor:
+    "Raises ValueError unless there is an integer for each item of a side."
+    photos = _tensor(values, f"photos of {name}")
+    if photos.shape != side.labels.shape or photos.is_floating_point() or photos.is_complex():
+        raise ValueError(f"expected one integer as photograph of each of {len(side.labels)} {name}, "
+                         f"got {photos.dtype} of shape {tuple(photos.shape)}")
+    return _int64(photos).to(side.labels.device)
+
+
+def _with_photos(sides: list[Side], photos, gallery_photos) -> list[Side]:
+    "The sides; with their photographs, if a query leaves out more than itself. Raises ValueError."
+    if (gallery_photos is None) != (photos is None or len(sides) == 1):
+        raise ValueError("expected photos of the queries and, where there is one, of the gallery, got those of one")
+    if photos is None:
+        return sides
+    values = [(photos, "queries"), (gallery_photos, "gallery")]
+    found = [_photos(of_side, side, name) for side, (of_side, name) in zip(sides, values)]
+    alone = len(found[0].unique()) == len(found[0]) if len(found) == 1 else not torch.isin(*found).any()
+    return sides if alone else [side._replace(photos=of_side) for side, of_side in zip(sides, found)]
+
 # %% ../../nbs/evaluation/retrieval.ipynb #5926efa7
 def _gathered(parts: list[dict[str, np.ndarray]], labels: np.ndarray) -> dict[str, np.ndarray]:
     "All parts as one, in the order of the queries, with the label of each. Raises ValueError if there are none."
@@ -147,7 +179,7 @@ def _gathered(parts: list[dict[str, np.ndarray]], labels: np.ndarray) -> dict[st
     query = values.pop("query")[order]
     return {"query": query, "label": labels[query], **{name: value[order] for name, value in values.items()}}
 
-# %% ../../nbs/evaluation/retrieval.ipynb #cb22dfd3
+# %% ../../nbs/evaluation/retrieval.ipynb #e8e8f740
 @torch.no_grad()
 def retrieval_per_query(
     embeddings: torch.Tensor | np.ndarray,  # (N, D), the queries; rows of any length but 0; may be mapped from a file
@@ -160,6 +192,8 @@ def retrieval_per_query(
     ties: str = "expected",  # over all orders of tied items; "optimistic" or "pessimistic": the best or the worst order
     precisions: bool = True,  # MAP@R and R-Precision too; False: recalls only, in less time
     progress: bool = True,  # a bar, if it takes more than two seconds
+    photos: torch.Tensor | np.ndarray | None = None,  # (N,), integers: those of its photograph are no answers; or None
+    gallery_photos: torch.Tensor | np.ndarray | None = None,  # (G,), as photos
 ) -> dict[str, np.ndarray]:  # (Q,) each: query (row), label, rank (of the first positive), recall@K, map@r, r_precision
     """Exact retrieval metrics of each of the Q queries that have a positive.
 
@@ -176,16 +210,18 @@ def retrieval_per_query(
         gallery = _checked_gallery(gallery_embeddings, gallery_labels, embeddings, labels)
         sides.append(_side(*gallery, engine.squared_norms(gallery[0]), binary, "gallery embeddings"))
     recalls = _checked_recalls(recalls, len(sides[-1].labels), itself)
-    found = engine.levels(*sides, binary=binary, best_only=not precisions, progress=progress)
+    sides = _with_photos(sides, photos, gallery_photos)
+    levels = engine.levels if sides[0].photos is None else sorting.sorted_levels
+    found = levels(*sides, binary=binary, best_only=not precisions, progress=progress)
     return _gathered([_measured(levels, recalls, ties, precisions) for levels in found], labels.cpu().numpy())
 
-# %% ../../nbs/evaluation/retrieval.ipynb #54fd63aa
+# %% ../../nbs/evaluation/retrieval.ipynb #bce08dd3
 def retrieval_metrics(
     embeddings: torch.Tensor | np.ndarray,  # (N, D)
     labels: torch.Tensor | np.ndarray,  # (N,)
     gallery_embeddings: torch.Tensor | np.ndarray | None = None,  # (G, D)
     gallery_labels: torch.Tensor | np.ndarray | None = None,  # (G,)
-    **options,  # recalls, binary, ties, precisions, progress: see retrieval_per_query
+    **options,  # recalls, binary, ties, precisions, progress, photos, gallery_photos: see retrieval_per_query
 ) -> dict:  # recall@K for each K, map@r, r_precision (shares in [0, 1]); queries, queries_without_positive (counts)
     "Means over queries of what retrieval_per_query returns, with the same options and errors."
     per_query = retrieval_per_query(embeddings, labels, gallery_embeddings, gallery_labels, **options)
