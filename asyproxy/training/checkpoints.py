@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['TrainingState', 'checkpoints', 'save_checkpoint', 'resume', 'read_history']
 
-# %% ../../nbs/training/checkpoints.ipynb #8f184d6a
+# %% ../../nbs/training/checkpoints.ipynb #6bfbb1cb
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..files import load_tensors, save_tensors
+from ..model.embedding import load_plain_state, plain_state
 from ..processes import gather_rows
 
-# %% ../../nbs/training/checkpoints.ipynb #ff4cde37
+# %% ../../nbs/training/checkpoints.ipynb #cf121440
 class TrainingState:
     "Everything that training changes."
 
@@ -30,8 +31,8 @@ class TrainingState:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         "Tensors of model, loss and optimiser, by name."
-        named = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        named |= {f"criterion.{name}": tensor for name, tensor in self.criterion.state_dict().items()}
+        named = {f"model.{name}": tensor for name, tensor in plain_state(self.model).items()}
+        named |= {f"criterion.{name}": tensor for name, tensor in plain_state(self.criterion).items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             named |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
         return named
@@ -40,12 +41,14 @@ class TrainingState:
         self,
         tensors: dict[str, torch.Tensor],  # as `state_dict` gives them, on any device and in any layout
     ):
-        "Takes the tensors over: each in device, type and memory layout of what it belongs to."
-        self.model.load_state_dict(_below("model.", tensors))
-        self.criterion.load_state_dict(_below("criterion.", tensors))
+        """Takes the tensors over: each in device, type and memory layout of what it belongs to.
+
+        Raises ValueError where they are not those of such a model, loss and optimiser."""
+        load_plain_state(self.model, _below("model.", tensors))
+        load_plain_state(self.criterion, _below("criterion.", tensors))
         _load_moments(self.optimizer, _below("optimizer.", tensors))
 
-# %% ../../nbs/training/checkpoints.ipynb #5bd2fa45
+# %% ../../nbs/training/checkpoints.ipynb #bedb6159
 def _below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     "The tensors whose names begin with a prefix, without it."
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -56,19 +59,22 @@ def _load_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Ten
     moments = {}
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
+        if int(index) >= len(parameters):
+            raise ValueError(f"expected moments of {len(parameters)} parameters, got some of number {index}")
         if key != "step" and tensor.shape == parameters[int(index)].shape:
             tensor = torch.empty_like(parameters[int(index)], dtype=tensor.dtype).copy_(tensor)
         moments.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
-# %% ../../nbs/training/checkpoints.ipynb #10e50f21
+# %% ../../nbs/training/checkpoints.ipynb #9ff7f306
 def checkpoints(
     folder: str | Path,  # of a run
 ) -> list[Path]:  # the newest first
     "The checkpoints in a folder."
     def epoch(path):
         return int(path.stem.partition("-")[2])
-    return sorted(Path(folder).glob("checkpoint-*.safetensors"), key=epoch, reverse=True)
+    ours = [path for path in Path(folder).glob("checkpoint-*.safetensors") if path.stem.partition("-")[2].isdecimal()]
+    return sorted(ours, key=epoch, reverse=True)
 
 
 def save_checkpoint(
@@ -77,18 +83,27 @@ def save_checkpoint(
     settings: dict,  # JSON values that a run which goes on from here has to agree with
 ):
     "Writes the state of the last epoch, and deletes all but two checkpoints."
-    metadata = {"settings": settings, "history": state.history, "scaler": state.scaler.state_dict()}
+    metadata = {"settings": settings, "history": state.history, "scaler": state.scaler.state_dict(),
+                "class_names": getattr(state.model, "class_names", [])}
     save_tensors(Path(folder, f"checkpoint-{state.history[-1]['epoch']}.safetensors"), state.state_dict(), metadata)
     for old in checkpoints(folder)[2:]:
         old.unlink()
 
-# %% ../../nbs/training/checkpoints.ipynb #3c419f72
+# %% ../../nbs/training/checkpoints.ipynb #e8e0594f
+def _read(path: Path) -> tuple[dict, dict]:
+    "Tensors and metadata. Raises FileNotFoundError, or ValueError where a file is damaged or no checkpoint."
+    tensors, metadata = load_tensors(path)
+    if not {"settings", "history", "scaler"} <= metadata.keys():
+        raise ValueError(f"expected a checkpoint of save_checkpoint in {path}, got another file of tensors")
+    return tensors, metadata
+
+
 def _newest(folder: str | Path | None) -> tuple[Path, dict, dict] | None:
     "The newest whole checkpoint: its path, tensors and metadata."
     for path in checkpoints(folder) if folder else ():
         try:
-            return path, *load_tensors(path)
-        except ValueError as error:
+            return path, *_read(path)
+        except (FileNotFoundError, ValueError) as error:
             print(f"{error}. Going on from the checkpoint before it, if there is one.", flush=True)
     return None
 
@@ -119,9 +134,12 @@ def resume(
         raise ValueError("expected all processes to find the same checkpoint, but they found epochs "
                          f"{epochs.tolist()}: {folder} has to be on a disk that all of them share")
 
-# %% ../../nbs/training/checkpoints.ipynb #eab54d33
+# %% ../../nbs/training/checkpoints.ipynb #188a369b
 def read_history(
     folder: str | Path,  # of a run
 ) -> list[dict]:  # an entry for each epoch
-    "What `train` gave for the newest checkpoint. Raises IndexError where there is none."
-    return load_tensors(checkpoints(folder)[0])[1]["history"]
+    "What `train` gave for the newest whole checkpoint. Raises FileNotFoundError where there is none."
+    found = _newest(folder)
+    if not found:
+        raise FileNotFoundError(f"expected a whole checkpoint in {folder}, found none")
+    return found[2]["history"]
