@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from ..processes import gather_rows, world
 
-# %% ../../nbs/loss/proxies.ipynb #66131a4e
+# %% ../../nbs/loss/proxies.ipynb #e4f1ba75
 def random_proxies(
     num_classes: int,  # C >= 2
     feature_dim: int,  # D >= 1, dimensions of an embedding
@@ -21,7 +21,8 @@ def random_proxies(
     if num_classes < 2 or feature_dim < 1:
         raise ValueError("expected at least 2 classes and 1 dimension, "
                          f"got num_classes={num_classes}, feature_dim={feature_dim}")
-    return F.normalize(torch.randn(num_classes, feature_dim))
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    return F.normalize(torch.randn(num_classes, feature_dim, dtype=dtype))
 
 # %% ../../nbs/loss/proxies.ipynb #a1d88bf7
 def full_precision(tensor: torch.Tensor) -> torch.dtype:  # float32 or float64
