@@ -99,19 +99,20 @@ def _signs_test(differences: np.ndarray, resamples: int, rng: np.random.Generato
         count += abs(flipped) >= abs(observed) - tolerance
     return (1 + count) / (1 + resamples)
 
-# %% ../nbs/uncertainty.ipynb #936e62a6
+# %% ../nbs/uncertainty.ipynb #a8f92479
 def _check_same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]):
     "Raises ValueError that names what differs: metrics, queries, labels."
     if set(_metrics(first)) != set(_metrics(second)):
         raise ValueError("expected the same metrics in both, "
                          f"got {', '.join(_metrics(first))} and {', '.join(_metrics(second))}")
     for name, what in (("query", "queries"), ("label", "labels")):
-        if len(first[name]) != len(second[name]):
-            raise ValueError(f"expected the same {what} in both, got {len(first[name])} and {len(second[name])}")
-        wrong = np.flatnonzero(np.not_equal(first[name], second[name]))
+        one, other = np.asarray(first[name]), np.asarray(second[name])  # a column of pandas compares by its index
+        if len(one) != len(other):
+            raise ValueError(f"expected the same {what} in both, got {len(one)} and {len(other)}")
+        wrong = np.flatnonzero(one != other)
         if len(wrong):
             raise ValueError(f"expected the same {what} in both, "
-                             f"got others in {len(wrong)} of {len(first[name])} places, the first is place {wrong[0]}")
+                             f"got others in {len(wrong)} of {len(one)} places, the first is place {wrong[0]}")
 
 # %% ../nbs/uncertainty.ipynb #926f120e
 def compare(

@@ -38,14 +38,28 @@ def engine_for(
             warnings.warn(f"retrieval is evaluated by sorting, which is slower: {error}")
     return Engine(sorting.squared_norms, sorting.sorted_levels)
 
-# %% ../../nbs/evaluation/retrieval.ipynb #d61d98a8
+# %% ../../nbs/evaluation/retrieval.ipynb #f893b6fb
+def _array(values, name: str) -> np.ndarray:
+    "Raises ValueError where values are no array of numbers, or some are missing."
+    try:
+        array = np.asanyarray(values)
+    except (ValueError, TypeError) as error:  # rows of several lengths, say
+        raise ValueError(f"expected {name} to be an array of numbers: {error}") from error
+    if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+        advice = "; number them, np.unique(labels, return_inverse=True)[1]" if name.startswith("labels") else ""
+        raise ValueError(f"expected {name} to be numbers of 64 bits or fewer, got {array.dtype}{advice}")
+    if np.ma.is_masked(array):
+        raise ValueError(f"expected {name} that are all there, got {np.ma.count_masked(array)} that are masked")
+    return np.asarray(array)
+
+
 def _tensor(values, name: str) -> torch.Tensor:
     "Raises ValueError where values are not numbers that torch has."
     if isinstance(values, torch.Tensor):
+        if values.layout != torch.strided or values.is_meta:
+            raise ValueError(f"expected {name} as a dense tensor with values, got {values.layout} on {values.device}")
         return values.detach()
-    array = np.asarray(values)
-    if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
-        raise ValueError(f"expected {name} to be numbers of 64 bits or fewer, got {array.dtype}")
+    array = _array(values, name)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if min(array.strides, default=0) < 0:
         array = array.copy()
@@ -103,13 +117,17 @@ def _side(embeddings: torch.Tensor, labels: torch.Tensor, squares: torch.Tensor,
         _refuse(squares == 0, f"{name} with a direction", "zeros")
     return Side(embeddings, _int64(labels), squares)
 
-# %% ../../nbs/evaluation/retrieval.ipynb #9dbdd7b2
+# %% ../../nbs/evaluation/retrieval.ipynb #6909ac6d
 def _checked_recalls(recalls: Sequence[int], gallery_size: int, itself: bool) -> tuple[int, ...]:
     "Whole numbers of Python's. Raises ValueError where one is out of range."
-    places, size = tuple(k.item() if isinstance(k, np.generic) else k for k in recalls), gallery_size - itself
-    if not places or any(isinstance(k, str) or k != int(k) or not 1 <= k <= size for k in places):
+    size = gallery_size - itself
+    try:
+        places = tuple(k.item() if hasattr(k, "item") else k for k in recalls)
+    except (TypeError, ValueError, RuntimeError):  # one number, or a table of them
+        places = ()
+    if not places or not all(type(k) in (int, float) and 1 <= k <= size and k == int(k) for k in places):
         gallery = "the size of the gallery" + " without the query" * itself
-        raise ValueError(f"expected each K of recalls in 1 ... {size}, {gallery}, got {places}")
+        raise ValueError(f"expected each K of recalls in 1 ... {size}, {gallery}, got {places or recalls!r}")
     return tuple(map(int, places))
 
 # %% ../../nbs/evaluation/retrieval.ipynb #c1a056de

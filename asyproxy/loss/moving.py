@@ -5,19 +5,18 @@
 # %% auto #0
 __all__ = ['move_in_place', 'check_momentum', 'move_proxies', 'unit_table', 'AsymptoticProxyLoss']
 
-# %% ../../nbs/loss/moving.ipynb #ad5f2df2
+# %% ../../nbs/loss/moving.ipynb #35669135
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from .proxies import (check_call, check_shapes, check_temperature, check_values, full_precision,
                                    random_proxies, unit_rows, whole_batch)
 
-# %% ../../nbs/loss/moving.ipynb #bc25274b
+# %% ../../nbs/loss/moving.ipynb #b1e954e9
 @torch.no_grad()
 def move_in_place(
     proxies: torch.Tensor,  # (C, D), rows of unit length; those of the classes in the batch are written
@@ -26,7 +25,8 @@ def move_in_place(
     momentum: float,  # m in [0, 1]: weight of the new features
 ) -> tuple[torch.Tensor, torch.Tensor]:  # the classes (K,) that moved, and where they were, (K, D)
     "Moves the proxies of the classes in a batch, which is not checked: normalise((1 - m) p + m * sum of f(x))."
-    classes, counts = labels.long().unique(return_counts=True)
+    labels = labels.long()
+    classes, counts = labels.unique(return_counts=True)
     ordered = embeddings.to(full_precision(embeddings))[labels.argsort(stable=True)]
     sums = torch.segment_reduce(ordered, "sum", lengths=counts, axis=0)
     old = proxies[classes].to(sums.dtype)
@@ -83,7 +83,7 @@ class _Step:
     writes: tuple[int, int] | None = None  # to the table, up to the end of the call
     differentiated: bool = False  # its gradient has been asked for
 
-# %% ../../nbs/loss/moving.ipynb #dad6a186
+# %% ../../nbs/loss/moving.ipynb #385f569a
 class _ToFixedProxies(torch.autograd.Function):
     "The loss with the gradient that was computed along with it."
 
@@ -95,9 +95,11 @@ class _ToFixedProxies(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient):
         ctx.step.differentiated = True
+        if torch.is_grad_enabled():  # create_graph: the second derivative would be without its largest part
+            raise ValueError("expected to be differentiated once, got create_graph=True: this loss computes its gradient "
+                             "along with its value; LearnableProxyLoss in eval mode has all derivatives")
         return gradient * ctx.saved_tensors[0], None, None, None, None
 
 # %% ../../nbs/loss/moving.ipynb #95b8fe2f
@@ -114,7 +116,7 @@ def unit_table(
     off = abs(lengths - 1) > 1e-5  # more than rounding
     return torch.where(off, wide / lengths, wide) if off.any() else wide
 
-# %% ../../nbs/loss/moving.ipynb #476af7d8
+# %% ../../nbs/loss/moving.ipynb #2ace15c4
 class _Table(nn.Module):
     "A buffer `proxies` (C, D) that is never cast to half precision, and that takes directions of any length."
 
@@ -133,7 +135,7 @@ class _Table(nn.Module):
         name = prefix + "proxies"
         saved = state_dict.get(name)
         if saved is not None and saved.shape == self.proxies.shape and not saved.is_meta:
-            state_dict = {**state_dict, name: unit_table(saved)}
+            state_dict = {**state_dict, name: unit_table(saved.detach().clone())}
         super()._load_from_state_dict(state_dict, prefix, *others)
 
 # %% ../../nbs/loss/moving.ipynb #e8f11ad2

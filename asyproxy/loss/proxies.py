@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from ..processes import gather_rows, world
 
-# %% ../../nbs/loss/proxies.ipynb #66131a4e
+# %% ../../nbs/loss/proxies.ipynb #e4f1ba75
 def random_proxies(
     num_classes: int,  # C >= 2
     feature_dim: int,  # D >= 1, dimensions of an embedding
@@ -21,7 +21,8 @@ def random_proxies(
     if num_classes < 2 or feature_dim < 1:
         raise ValueError("expected at least 2 classes and 1 dimension, "
                          f"got num_classes={num_classes}, feature_dim={feature_dim}")
-    return F.normalize(torch.randn(num_classes, feature_dim))
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    return F.normalize(torch.randn(num_classes, feature_dim, dtype=dtype))
 
 # %% ../../nbs/loss/proxies.ipynb #a1d88bf7
 def full_precision(tensor: torch.Tensor) -> torch.dtype:  # float32 or float64
@@ -68,16 +69,23 @@ def cross_entropy(
 class Diverged(ValueError):
     "Embeddings that are not finite, or have no direction: no training goes on from there."
 
-# %% ../../nbs/loss/proxies.ipynb #3e6839cb
+# %% ../../nbs/loss/proxies.ipynb #d49d6185
+_INTEGERS = {torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64}
+
+
 def check_shapes(
     embeddings: torch.Tensor,  # to be (B, D), floating point
     labels: torch.Tensor,  # to be (B,), integers
     feature_dim: int,  # D
 ):
     "Raises ValueError on a wrong shape or type."
+    for tensor, what in ((embeddings, "embeddings"), (labels, "labels")):
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+            got = getattr(tensor, "layout", type(tensor).__name__)
+            raise ValueError(f"expected {what} in a dense tensor, got {got}: torch.as_tensor makes one of an array")
     if embeddings.ndim != 2 or embeddings.shape[1] != feature_dim:
         raise ValueError(f"expected embeddings of shape (batch, {feature_dim}), got {tuple(embeddings.shape)}")
-    if labels.shape != embeddings.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
+    if labels.shape != embeddings.shape[:1] or labels.dtype not in _INTEGERS:
         got = f"{labels.dtype} of shape {tuple(labels.shape)}"
         raise ValueError(f"expected {len(embeddings)} integer labels, got {got}")
     if not embeddings.is_floating_point():
@@ -96,7 +104,7 @@ def check_call(
                          "leave the miner out")
     check_shapes(embeddings, labels, proxies.shape[1])
 
-# %% ../../nbs/loss/proxies.ipynb #a1cd1331
+# %% ../../nbs/loss/proxies.ipynb #d6638e60
 def check_values(
     embeddings: torch.Tensor,  # (B, D)
     labels: torch.Tensor,  # (B,), integers
@@ -105,6 +113,7 @@ def check_values(
     "Raises ValueError on an empty batch or a label out of range, Diverged on embeddings that have no direction."
     if not len(embeddings):
         raise ValueError("expected a batch of at least one embedding, got none")
+    labels = labels.long()  # torch has no minimum of uint16, uint32 and uint64
     low, high, finite, nonzero = torch.stack(
         [labels.min(), labels.max(), embeddings.isfinite().all(), embeddings.any(dim=1).all()]).tolist()
     if low < 0 or high >= num_classes:
@@ -115,13 +124,13 @@ def check_values(
     if not nonzero:
         raise Diverged("expected embeddings with a direction, got a row of zeros")
 
-# %% ../../nbs/loss/proxies.ipynb #cb539c0e
+# %% ../../nbs/loss/proxies.ipynb #e5e91580
 def check_temperature(
     temperature: float,  # to be > 0
 ):
-    "Raises ValueError on a temperature that is not above 0."
-    if not temperature > 0:
-        raise ValueError(f"expected a temperature > 0, got {temperature}")
+    "Raises ValueError on a temperature that is not above 0, or infinite."
+    if not 0 < temperature < torch.inf:
+        raise ValueError(f"expected a temperature > 0 that is finite, got {temperature}")
 
 # %% ../../nbs/loss/proxies.ipynb #bbfda2a3
 def whole_batch(

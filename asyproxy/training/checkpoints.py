@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainingState', 'checkpoints', 'save_checkpoint', 'resume', 'seconds_spent', 'read_history']
 
-# %% ../../nbs/training/checkpoints.ipynb #ba466729
+# %% ../../nbs/training/checkpoints.ipynb #d76f92da
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -15,9 +15,10 @@ from torch import nn
 
 from ..files import load_tensors, save_tensors
 from ..model import save_model
+from ..model.embedding import load_plain_state, plain_state
 from ..processes import gather_rows
 
-# %% ../../nbs/training/checkpoints.ipynb #f4002dda
+# %% ../../nbs/training/checkpoints.ipynb #519f8116
 class TrainingState:
     "Everything that training changes."
 
@@ -38,8 +39,8 @@ class TrainingState:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         "Tensors of model, loss and optimiser, by name."
-        named = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        named |= {f"criterion.{name}": tensor for name, tensor in self.criterion.state_dict().items()}
+        named = {f"model.{name}": tensor for name, tensor in plain_state(self.model).items()}
+        named |= {f"criterion.{name}": tensor for name, tensor in plain_state(self.criterion).items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             named |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
         return named
@@ -48,12 +49,14 @@ class TrainingState:
         self,
         tensors: dict[str, torch.Tensor],  # as `state_dict` gives them, on any device and in any layout
     ):
-        "Takes the tensors over: each in device, type and memory layout of what it belongs to."
-        self.model.load_state_dict(_below("model.", tensors))
-        self.criterion.load_state_dict(_below("criterion.", tensors))
+        """Takes the tensors over: each in device, type and memory layout of what it belongs to.
+
+        Raises ValueError where they are not those of such a model, loss and optimiser."""
+        load_plain_state(self.model, _below("model.", tensors))
+        load_plain_state(self.criterion, _below("criterion.", tensors))
         _load_moments(self.optimizer, _below("optimizer.", tensors))
 
-# %% ../../nbs/training/checkpoints.ipynb #5bd2fa45
+# %% ../../nbs/training/checkpoints.ipynb #bedb6159
 def _below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     "The tensors whose names begin with a prefix, without it."
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -64,12 +67,14 @@ def _load_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Ten
     moments = {}
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
+        if int(index) >= len(parameters):
+            raise ValueError(f"expected moments of {len(parameters)} parameters, got some of number {index}")
         if key != "step" and tensor.shape == parameters[int(index)].shape:
             tensor = torch.empty_like(parameters[int(index)], dtype=tensor.dtype).copy_(tensor)
         moments.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
-# %% ../../nbs/training/checkpoints.ipynb #ff2586cf
+# %% ../../nbs/training/checkpoints.ipynb #2ee15095
 def checkpoints(
     folder: str | Path,  # of a run
 ) -> list[Path]:  # the newest first
@@ -88,17 +93,25 @@ def save_checkpoint(
 ):
     "Writes the state of the last epoch, and deletes all but two checkpoints."
     metadata = {"settings": settings, "history": state.history, "scaler": state.scaler.state_dict(),
-                "best": best, "seconds": state.seconds()}
+                "class_names": getattr(state.model, "class_names", []), "best": best, "seconds": state.seconds()}
     save_tensors(Path(folder, f"checkpoint-{state.history[-1]['epoch']}.safetensors"), state.state_dict(), metadata)
     for old in checkpoints(folder)[2:]:
         old.unlink()
 
-# %% ../../nbs/training/checkpoints.ipynb #6c4a6876
+# %% ../../nbs/training/checkpoints.ipynb #cd089d9b
+def _read(path: Path) -> tuple[dict, dict]:
+    "Tensors and metadata. Raises FileNotFoundError, or ValueError where a file is damaged or no checkpoint."
+    tensors, metadata = load_tensors(path)
+    if not {"settings", "history", "scaler"} <= metadata.keys():
+        raise ValueError(f"expected a checkpoint of save_checkpoint in {path}, got another file of tensors")
+    return tensors, metadata
+
+
 def _newest(folder: str | Path | None) -> tuple[Path, dict, dict] | None:
     "The newest whole checkpoint: its path, tensors and metadata."
     for path in checkpoints(folder) if folder else ():
         try:
-            return path, *load_tensors(path)
+            return path, *_read(path)
         except (ValueError, FileNotFoundError) as error:
             print(f"{error}. Going on from the checkpoint before it, if there is one.", flush=True)
     return None
@@ -110,23 +123,20 @@ def _check_settings(path: Path, expected: dict, found: dict):
         raise ValueError(f"expected the checkpoint {path} to be of the same settings, "
                          f"but {', '.join(changed)} differ: delete it, or give another folder")
 
-# %% ../../nbs/training/checkpoints.ipynb #406a1315
-def _is_whole(path: Path) -> bool:
-    try:
-        load_tensors(path)
-    except (ValueError, FileNotFoundError):
-        return False
-    return True
-
-
+# %% ../../nbs/training/checkpoints.ipynb #231d0f82
 def _has_best(folder: Path, model: nn.Module, best: int | None) -> bool:
     "Whether best.safetensors is there, or could be written again by way of the model, which keeps other weights then."
-    if best is None or _is_whole(folder / "best.safetensors"):
-        return True
-    for path in filter(_is_whole, checkpoints(folder)):
-        tensors, metadata = load_tensors(path)
+    try:
+        return best is None or bool(load_tensors(folder / "best.safetensors"))
+    except (ValueError, FileNotFoundError):
+        pass
+    for path in checkpoints(folder):
+        try:
+            tensors, metadata = _read(path)
+        except (ValueError, FileNotFoundError):
+            continue
         if metadata["history"][-1]["epoch"] == best:
-            model.load_state_dict(_below("model.", tensors))
+            load_plain_state(model, _below("model.", tensors))
             save_model(model, folder / "best.safetensors")
             return True
     return False
@@ -166,7 +176,7 @@ def resume(
         raise ValueError("expected all processes to find the same checkpoint, but they found epochs "
                          f"{epochs.tolist()}: {folder} has to be on a disk that all of them share")
 
-# %% ../../nbs/training/checkpoints.ipynb #5353da34
+# %% ../../nbs/training/checkpoints.ipynb #cfa1d82b
 def seconds_spent(
     folder: str | Path,  # of a run
 ) -> float:  # 0 where there is no checkpoint
@@ -179,5 +189,8 @@ def seconds_spent(
 def read_history(
     folder: str | Path,  # of a run
 ) -> list[dict]:  # an entry for each epoch
-    "What `train` gave for the newest checkpoint. Raises IndexError where there is none."
-    return load_tensors(checkpoints(folder)[0])[1]["history"]
+    "What `train` gave for the newest whole checkpoint. Raises FileNotFoundError where there is none."
+    found = _newest(folder)
+    if not found:
+        raise FileNotFoundError(f"expected a whole checkpoint in {folder}, found none")
+    return found[2]["history"]
