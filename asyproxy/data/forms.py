@@ -40,7 +40,7 @@ def _best(results: list[Found]) -> Found | None:
     best = max(results, key=lambda result: len(result.table), default=None)
     return best if best is not None and len(best.table) else None
 
-# %% ../../nbs/data/forms.ipynb #0bcc46ce
+# %% ../../nbs/data/forms.ipynb #4b0429ff
 ARCHIVE = re.compile(r"\.(zip|tar|tgz|tar\.gz|rar|7z)$")
 OML_TABLES = ("df.csv", "df_with_bboxes.csv")  # as open-metric-learning names them
 
@@ -62,6 +62,8 @@ def _reasons(data_set: DataSet, files: Files, results: list[Found], refusals: li
         if result.missing:
             reasons.append(f"{result.layout} lists {len(result.missing)} images, such as {result.missing[0]}, "
                            "and none of them is there")
+        elif not len(result.table) and not result.problems:
+            reasons.append(f"expected images in {result.layout}, got none")
         reasons += result.problems
     for path in files.called(*OML_TABLES)[:1]:
         reasons.append(f"{path} is a table of open-metric-learning (data_name own, data_path the file); "
