@@ -40,7 +40,7 @@ def _best(results: list[Found]) -> Found | None:
     best = max(results, key=lambda result: len(result.table), default=None)
     return best if best is not None and len(best.table) else None
 
-# %% ../../nbs/data/forms.ipynb #9b67cad5
+# %% ../../nbs/data/forms.ipynb #4b0429ff
 ARCHIVE = re.compile(r"\.(zip|tar|tgz|tar\.gz|rar|7z)$")
 OML_TABLES = ("df.csv", "df_with_bboxes.csv")  # as open-metric-learning names them
 
@@ -62,12 +62,22 @@ def _reasons(data_set: DataSet, files: Files, results: list[Found], refusals: li
         if result.missing:
             reasons.append(f"{result.layout} lists {len(result.missing)} images, such as {result.missing[0]}, "
                            "and none of them is there")
+        elif not len(result.table) and not result.problems:
+            reasons.append(f"expected images in {result.layout}, got none")
+        reasons += result.problems
     for path in files.called(*OML_TABLES)[:1]:
         reasons.append(f"{path} is a table of open-metric-learning (data_name own, data_path the file); "
                        f"for {data_set.title} such tables hold the split for classification")
+    reasons += files.sizes.lost()
     return reasons + _to_unpack(data_set, files) + (data_set.hints(files, results) if data_set.hints else [])
 
-# %% ../../nbs/data/forms.ipynb #d1c45af9
+# %% ../../nbs/data/forms.ipynb #4c576dc9
+def _is_whole(data_set: DataSet, found: Found) -> bool:
+    "Whether nothing is missing and the counts are the official ones."
+    counts = {split: (len(labels), labels.nunique()) for split, labels in found.table.groupby("split")["label"]}
+    return not found.missing and counts == data_set.official
+
+
 def find(
     data_set: DataSet,  # an entry of the catalogue
     files: Files,  # what is there
@@ -81,5 +91,10 @@ def find(
         said = "; ".join(reasons) or f"{len(files.sizes):,} files, none of them a list of it"
         raise ValueError(f"no {data_set.title} below {root}: {said}. Looked for {data_set.looked_for}.")
     best.notes += [f"passed over: {reason}" for reason in refusals]
+    lost = files.sizes.lost()
+    if _is_whole(data_set, best):
+        best.notes += lost
+    else:
+        best.problems += lost
     best.surplus = unlisted(best.table, files)
     return best
