@@ -91,7 +91,7 @@ def test_parameters_are_those_of_the_dataclass(path):
 # Imports go one way.
 
 STREAM = (  # a wing imports from the lines above its own, and from no other wing in its line
-    ("files", "experiment", "uncertainty"),
+    ("files", "experiment", "text", "uncertainty"),
     ("processes",),
     ("data", "model", "loss", "evaluation"),
     ("retrieval",),
