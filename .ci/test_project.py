@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -21,7 +22,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from project import ROOT, library, readme, studies
 
-from asyproxy.experiment import Experiment, parameters_cell, smallest
+from asyproxy.experiment import parameters_cell, smallest
 from asyproxy.study.parameters import STUDIES
 
 # A test sees no GPU, no hub and none of the user's own results; two run at a time, so each has one thread.
@@ -91,7 +92,7 @@ def test_parameters_are_those_of_the_dataclass(path):
 # Imports go one way.
 
 STREAM = (  # a wing imports from the lines above its own, and from no other wing in its line
-    ("files", "experiment", "uncertainty"),
+    ("files", "experiment", "text", "uncertainty"),
     ("processes",),
     ("data", "model", "loss", "evaluation"),
     ("retrieval",),
@@ -336,27 +337,45 @@ def test_benchmark_and_report(tmp_path):
     assert both["run_id"] != one["run_id"] and abs(recalls[0] - recalls[1]) <= 0.01, recalls
     anchored = run_study("benchmark", tmp_path, loss="proxy_anchor", loss_options="margin=0.2")
     shutil.copy(ROOT / ".ci" / "record_of_before.json", tmp_path / "figures" / "records")  # of `asymptotic` proxies
+    odd = {"nothing": {"metrics": None}, "halves": {"metrics": {"selected": {"dense": None}}}, "undrawn": {"history": None}}
+    for run_id, values in odd.items():
+        path = tmp_path / "figures" / "records" / f"{run_id}.json"
+        path.write_text(json.dumps({**one, "run_id": run_id, **values}))
     report = run_study("report", tmp_path)
-    assert {one["run_id"], both["run_id"], anchored["run_id"]} <= set(report["records"])
+    assert {one["run_id"], both["run_id"], anchored["run_id"], "undrawn"} <= set(report["records"])
+    assert not {"nothing", "halves"} & set(report["records"])
     results = (tmp_path / "figures" / "report" / "results.csv").read_text()
     assert "proxy_anchor" in results and "benchmark-glyphs-lite0-asymptotic-512-0-94b0ecab" in results
     assert "asymptotic," not in results
 
 
-def test_images_from_disk(tmp_path):
-    "`asyproxy prepare`, then the benchmark on what it found: boxes, query and gallery, decoded cache, two workers."
+ISC = "from asyproxy.fixtures import write_fixture; write_fixture(sys.argv[1], 'isc', 'official')"
+OWN = """
+from pathlib import Path
+from PIL import Image
+for number in range(48):
+    path = Path(sys.argv[1], f"${number // 4} or $5", f"{number}.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (40, 30), (20 * (number // 4), 60 * (number % 4), 99)).save(path)
+"""
+
+
+@pytest.mark.parametrize("data_name, script, options, expected", (
+    ("isc", ISC, ("--cropped", "--allow_incomplete", "--cache"),
+     {"complete": False, "cropped": True, "query": {"images": 3, "classes": 3}, "gallery": {"images": 6, "classes": 3}}),
+    ("own", OWN, (), {"complete": True, "train": {"images": 24, "classes": 6}, "test": {"images": 24, "classes": 6}})))
+def test_images_from_disk(tmp_path, data_name, script, options, expected):
+    "`asyproxy prepare`, then the command that it prints: boxes, query and gallery, cache; twelve folders of one's own."
     environment = ENVIRONMENT | {"ASYPROXY_OUTPUT": str(tmp_path), "ASYPROXY_CACHE": str(tmp_path / "cache")}
-    script = "import sys; from asyproxy.fixtures import write_fixture; write_fixture(sys.argv[1], 'isc', 'official')"
-    call(sys.executable, "-c", script, tmp_path / "data" / "isc")
-    options = ("--data_path", tmp_path / "data", "--cropped", "--allow_incomplete", "--cache")
-    printed = call("asyproxy", "prepare", "isc", *options, env=environment)
-    command = printed.strip().splitlines()[-1].removeprefix("next: ").split()
-    values = smallest(Experiment) | {"data_name": "isc", "validation": 0.0, "batch_size": 4}
-    values |= {"recalls": "1,2", "num_workers": 2}
-    call(*command, *(part for pair in values.items() for part in ("-p", *map(str, pair))), env=environment)
-    record = json.loads(next((tmp_path / "figures" / "records").glob("benchmark-isc-*.json")).read_text())
-    expected = {"complete": False, "cropped": True}
-    expected |= {"query": {"images": 3, "classes": 3}, "gallery": {"images": 6, "classes": 3}}
+    folder = tmp_path / "it's $5; my data"
+    call(sys.executable, "-c", "import sys\n" + script, folder / data_name)
+    path = folder if data_name == "isc" else folder / data_name
+    printed = call("asyproxy", "prepare", data_name, "--data_path", path, *options, env=environment)
+    command = shlex.split(printed.strip().splitlines()[-1].removeprefix("next: "))
+    quick = {"backbone_type": "convnet", "weights": "random", "feature_dim": 8, "batch_size": 4, "num_epochs": 1,
+             "num_workers": 2}
+    call(*command, *(part for pair in quick.items() for part in ("-p", *map(str, pair))), env=environment)
+    record = json.loads(next((tmp_path / "figures" / "records").glob("benchmark-*.json")).read_text())
     assert {key: record["data"].get(key) for key in expected} == expected
 
 

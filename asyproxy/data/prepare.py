@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OFFICIAL_ARE', 'OF_PAPERS', 'load_data', 'describe']
 
-# %% ../../nbs/data/prepare.ipynb #8565b8ca
+# %% ../../nbs/data/prepare.ipynb #30506ce1
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from .lists import Found, shown
 from .scan import keep_table, kept_table, problems_path, scan, table_paths
 from .sources import ImageFiles
 from .table import BOX, SPLITS, ImageData
+from ..experiment import Experiment, Images, numbers, parameters
+from ..text import one_line, shortened
 
 # %% ../../nbs/data/prepare.ipynb #4e9909d3
 OFFICIAL_ARE = "official are"  # in what is said of counts, and of nothing else
@@ -217,31 +220,83 @@ def _counts(data: ImageData, official: dict[str, tuple[int, int]]) -> str:
             row["official"] = f"{images:,} / {classes:,}"
     return pd.DataFrame(rows).to_string(index=False)
 
-# %% ../../nbs/data/prepare.ipynb #9f0f0ea0
+# %% ../../nbs/data/prepare.ipynb #d4cd53aa
 def _state(about: dict, official: dict[str, tuple[int, int]]) -> str:
     "That it is complete, or what was allowed."
     if about.get("complete", True):
         return "complete"
     wrong = [said for said in about.get("incomplete", []) if OFFICIAL_ARE not in said]
     if skipped := about.get("skipped"):
-        wrong.append(f"{len(skipped):,} images left out, such as {skipped[0]}")
+        wrong.append(f"{len(skipped):,} images left out, such as {one_line(skipped[0])}")
     otherwise = "the counts are not the official ones" if official else "not the official files"
     return f"NOT complete, which was allowed: {'; '.join(wrong) or otherwise}"
 
-# %% ../../nbs/data/prepare.ipynb #17a585ed
+# %% ../../nbs/data/prepare.ipynb #5b0ca85d
+def _validation(data: ImageData) -> float:
+    "A share of the training classes that can choose the epoch, whatever the seed; 0: there is none."
+    images = data.table.loc[data.table["split"] == "train", "label"].value_counts()
+    fewest = max(2, (images == 1).sum() + 1)  # so that one of the classes holds two images
+    for share in (Experiment.validation, 0.2, 0.3):
+        if fewest <= round(share * len(images)) <= len(images) - 2:  # as `hold_out_classes` counts
+            return share
+    return 0.0
+
+# %% ../../nbs/data/prepare.ipynb #c00c3dfe
+def _recalls(data: ImageData, usual: str) -> str:
+    "Each K of the usual ones that the test can give."
+    splits = data.table["split"]
+    searched = (splits == "gallery").sum() if "gallery" in set(splits) else (splits == "test").sum() - 1
+    return ",".join(str(k) for k in numbers(usual) if k <= searched)
+
+# %% ../../nbs/data/prepare.ipynb #ca07d01c
+def _obstacle(data: ImageData) -> str:
+    "Why no study can run on the images; empty where one can."
+    labels = {split: rows.value_counts() for split, rows in data.table.groupby("split")["label"]}
+    if len(labels["train"]) < 2:
+        return "training takes two classes or more, there is one: add some, or let fewer of them test (--test_classes)"
+    queries = set(labels["query"].index if "query" in labels else labels["test"].index[labels["test"] > 1])
+    if not queries & set(labels["gallery"].index if "gallery" in labels else queries):
+        return "no image of the test can be found by another one of its class: add images to its classes"
+    return ""
+
+# %% ../../nbs/data/prepare.ipynb #f3d7abfe
+def _heeded(entry: DataSet) -> set[str]:
+    "The options that change what `load_data` returns."
+    if not (entry.find or entry.readers):
+        return {"allow_incomplete"} if not entry.embedded else set()
+    return set(parameters(Images)) - (set() if entry.find else {"test_classes", "split_seed"})
+
+# %% ../../nbs/data/prepare.ipynb #df27a334
+def _quoted(value) -> str:
+    "A value as one word of a shell's command."
+    text = f"./{value}" if str(value).startswith("-") else str(value)
+    if text.isascii() or text.encode(errors="ignore").decode() == text:
+        return shlex.quote(text)
+    safe = [chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\x{byte:02x}" for byte in os.fsencode(text)]
+    return f"$'{''.join(safe)}'"  # of bash and zsh
+
+# %% ../../nbs/data/prepare.ipynb #99fea582
 OF_PAPERS = {"backbone_type": "resnet50", "batch_size": 128, "num_epochs": 30}  # on every benchmark
+
+
+def _proposed(data: ImageData, entry: DataSet) -> dict:
+    "The parameters that suit the images, where they are not the default."
+    values = {**OF_PAPERS, **entry.protocol} if entry.protocol else {}
+    if entry.study == "benchmark":
+        recalls = _recalls(data, values.get("recalls", Experiment.recalls))
+        values |= {"recalls": recalls} if entry.protocol or recalls != Experiment.recalls else {}
+        values |= {"validation": f"{share:g}"} if (share := _validation(data)) != Experiment.validation else {}
+    return values
 
 
 def _command(data: ImageData, entry: DataSet, data_path: str, options: str) -> str:
     "Of the study that the data set is for."
-    words = [f"asyproxy run {entry.study} -p data_name {data.name}"]
-    if data_path:
-        words.append(f"-p data_path {shlex.quote(str(data_path))}")
-    if entry.protocol:
-        words += [f"-p {name} {value}" for name, value in {**OF_PAPERS, **entry.protocol}.items()]
-    return " ".join([*words, options] if options else words)
+    values = {"data_name": data.name} | ({"data_path": data_path} if str(data_path) else {}) | _proposed(data, entry)
+    words = shlex.split(options)  # -p name value, again and again
+    values |= {name: value for name, value in zip(words[1::3], words[2::3]) if name in _heeded(entry)}
+    return " ".join([f"asyproxy run {entry.study}", *(f"-p {name} {_quoted(value)}" for name, value in values.items())])
 
-# %% ../../nbs/data/prepare.ipynb #44892dac
+# %% ../../nbs/data/prepare.ipynb #b598ef05
 def describe(
     data: ImageData,  # of `load_data`
     data_path: str = "",  # for the command at the end
@@ -249,11 +304,14 @@ def describe(
 ) -> str:
     "Counts beside the official ones, what was passed over, the fingerprint, and the command that trains on the images."
     entry, about = DATA_SETS[data.name], data.about
-    lines = [f"{entry.title}, found by {about['layout']}" if "layout" in about else f"{entry.title}, embedded"]
+    found = f"found by {one_line(about['layout'])}" if "layout" in about else "embedded"
+    lines = [f"{entry.title}, {found}"]
     lines += [_counts(data, entry.official), _state(about, entry.official)]
     lines.append(f"fingerprint {data.fingerprint()['sha256'][:16]}")
-    lines += [f"note: {note}" for note in about.get("notes", [])]
+    lines += [f"note: {shortened(one_line(note), 500)}" for note in about.get("notes", [])]
     if about.get("surplus"):
         lines.append(f"{about['surplus']:,} other images beside them are not used")
-    lines.append(f"next: {_command(data, entry, data_path, options)}")
+    obstacle = _obstacle(data)
+    lines.append(f"nothing can be run yet: {obstacle}" if obstacle
+                 else f"next: {_command(data, entry, data_path, options)}")
     return "\n".join(lines)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['unit_circle', 'circles', 'proxy_paths', 'save_film']
 
-# %% ../../nbs/figures/circle.ipynb #6515dba5
+# %% ../../nbs/figures/circle.ipynb #85b2ebd0
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,7 +14,7 @@ import seaborn as sns
 from matplotlib.patches import Circle, FancyArrowPatch
 from PIL import Image
 
-from .style import COLOURS, MARKERS, place_legend, plain
+from .style import COLOURS, MARKERS, clipped, place_legend
 from ..files import write_atomically
 
 # %% ../../nbs/figures/circle.ipynb #337c4385
@@ -40,7 +40,7 @@ def _draw_proxies(ax: plt.Axes, proxies: np.ndarray):
         ax.add_patch(FancyArrowPatch((0, 0), (x, y), color=COLOURS[c % 10], **arrow))
         ax.text(0.72 * x, 0.72 * y, str(c), ha="center", va="center", fontsize=6, bbox=disc)
 
-# %% ../../nbs/figures/circle.ipynb #9197716a
+# %% ../../nbs/figures/circle.ipynb #50c95c04
 def unit_circle(
     ax: plt.Axes,  # to draw on
     embeddings: np.ndarray,  # (N, 2), rows of unit length
@@ -52,12 +52,12 @@ def unit_circle(
     ax.add_patch(Circle((0, 0), 1, fill=False, color="0.8", lw=0.8, zorder=0))
     _draw_embeddings(ax, embeddings, labels)
     _draw_proxies(ax, proxies)
-    ax.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal", xticks=[], yticks=[], title=plain(title))
+    ax.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal", xticks=[], yticks=[], title=clipped(title, lines=2))
     ax.title.set_fontsize(8)
     sns.despine(ax=ax, left=True, bottom=True)
     ax.tick_params(which="both", length=0)
 
-# %% ../../nbs/figures/circle.ipynb #59a1cc19
+# %% ../../nbs/figures/circle.ipynb #a2878c5f
 def circles(
     rows: dict[str, list[tuple]],  # title of a row -> its panels: (embeddings, labels, proxies, title)
 ) -> plt.Figure:
@@ -70,10 +70,10 @@ def circles(
             ax.set_axis_off()
         for ax, panel in zip(line, panels):
             unit_circle(ax, *panel)
-        line[0].set_ylabel(plain(name))
+        line[0].set_ylabel(clipped(name, lines=2))
     return figure
 
-# %% ../../nbs/figures/circle.ipynb #afa8b067
+# %% ../../nbs/figures/circle.ipynb #4e338e5c
 def _draw_path(ax: plt.Axes, proxies: np.ndarray):
     "A line for the proxy of each class, (epochs + 1, C, 2)."
     angles = np.rad2deg(np.unwrap(np.arctan2(proxies[..., 1], proxies[..., 0]), axis=0))
@@ -90,7 +90,7 @@ def proxy_paths(
     figure, axes = plt.subplots(1, len(rows), figsize=size, squeeze=False, sharey=True, layout="constrained")
     for ax, (name, proxies) in zip(axes[0], rows.items()):
         _draw_path(ax, proxies)
-        ax.set(xlabel="epoch", title=plain(name))
+        ax.set(xlabel="epoch", title=clipped(name, 36, lines=2))
     axes[0, 0].set_ylabel("angle of the proxy (degrees)")
     lines = axes[0, 0].lines
     classes = [str(c) for c in range(len(lines))]

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['collapse_grid', 'geometry_curves']
 
-# %% ../../nbs/figures/collapse.ipynb #6038a1c5
+# %% ../../nbs/figures/collapse.ipynb #447976e3
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
 
 from .results import curve
-from .style import look, place_legend, plain
+from .style import clipped, look, place_legend
 
 # %% ../../nbs/figures/collapse.ipynb #c18cd52f
 def _draw_rate(ax: plt.Axes, runs: pd.DataFrame, style: dict):
@@ -22,7 +22,7 @@ def _draw_rate(ax: plt.Axes, runs: pd.DataFrame, style: dict):
     flagged = runs[runs["flagged"].to_numpy(bool)]
     ax.plot(flagged["momentum"], flagged["percent"], "x", color="black", ms=7, zorder=4)
 
-# %% ../../nbs/figures/collapse.ipynb #59383741
+# %% ../../nbs/figures/collapse.ipynb #a06812c4
 def collapse_grid(
     runs: pd.DataFrame,  # one row a run: momentum, lr, recall (in [0, 1]; NaN: it diverged) and flagged
     before: float,  # recall of the features before training, in [0, 1]
@@ -35,7 +35,8 @@ def collapse_grid(
     ax.axhline(100 * before, color="black", lw=0.8)
     place = {"xy": (0.98, 100 * before), "xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
     ax.annotate("before training", fontsize=7, **place)
-    ax.set(xlabel="momentum", ylabel="Recall@1 after training (%)", xscale="log")
+    ax.set(xlabel="momentum", ylabel="Recall@1 after training (%)")
+    ax.set_xscale("log" if runs["momentum"].min() > 0 else "linear")  # 0 has no place on a logarithmic axis
     ax.set_xticks(sorted(runs["momentum"].unique()), [f"{value:g}" for value in sorted(runs["momentum"].unique())])
     ax.minorticks_off()
     cross = Line2D([], [], ls="", marker="x", color="black", ms=7)
@@ -55,12 +56,15 @@ def _measures(name: str, history: list[dict], select: str) -> pd.DataFrame:
                      f"validation {select.replace('recall', 'Recall')} (%)": 100 * entry["validation"][select]})
     return pd.DataFrame(rows).assign(run=name)
 
-# %% ../../nbs/figures/collapse.ipynb #2e973093
+# %% ../../nbs/figures/collapse.ipynb #8570d2a2
 def geometry_curves(
     histories: dict[str, list[dict]],  # name of a run -> its history
     select: str = "recall@1",  # measure on the validation classes
 ) -> plt.Figure:
-    "What the detector looks at, epoch by epoch."
+    "What the detector looks at, epoch by epoch. Raises ValueError without a run."
+    if not any(histories.values()):
+        raise ValueError("expected the history of one run or more, got none")
+    histories = {name: history for name, history in histories.items() if history}
     runs = [_measures(name, history, select) for name, history in histories.items()]
     figure, axes = plt.subplots(1, 4, figsize=(8.2, 2.2), layout="constrained")
     for ax, column in zip(axes, [name for name in runs[0] if name not in ("epoch", "run")]):
@@ -69,5 +73,5 @@ def geometry_curves(
         ax.set(xlabel="epoch", title=column)
         ax.title.set_fontsize(8)
         ax.xaxis.get_major_locator().set_params(integer=True)
-    place_legend(axes[0], axes[0].lines, [plain(name) for name in histories], fontsize=6.5)
+    place_legend(axes[0], axes[0].lines, [clipped(name, lines=2) for name in histories], fontsize=6.5)
     return figure

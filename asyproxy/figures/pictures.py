@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['GREEN', 'RED', 'retrieval_gallery', 'contact_sheet']
 
-# %% ../../nbs/figures/pictures.ipynb #e30c5daa
+# %% ../../nbs/figures/pictures.ipynb #c536e762
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Rectangle
 
-from .style import plain, text_width, wrapped
+from .style import clipped, text_width
 
-# %% ../../nbs/figures/pictures.ipynb #1525cbcc
+# %% ../../nbs/figures/pictures.ipynb #42da8881
 GREEN, RED = "#009E73", "#D55E00"
 
 
@@ -20,7 +20,7 @@ def _draw_query(ax: plt.Axes, image: np.ndarray, name: str):
     "An image with the name of its class at its left."
     ax.imshow(image, interpolation="none")
     text = {"fontsize": 6, "ha": "right", "va": "center", "transform": ax.transAxes}
-    ax.text(-0.12, 0.5, wrapped(name, 14, lines=6), **text)
+    ax.text(-0.12, 0.5, clipped(name, 14, lines=6), **text)
 
 
 def _draw_answer(ax: plt.Axes, image: np.ndarray, right: bool):
@@ -29,7 +29,7 @@ def _draw_answer(ax: plt.Axes, image: np.ndarray, right: bool):
     frame = {"ec": GREEN, "ls": "-"} if right else {"ec": RED, "ls": (0, (2, 1))}
     ax.add_patch(Rectangle((0, 0), 1, 1, transform=ax.transAxes, fill=False, lw=2.5, clip_on=False, **frame))
 
-# %% ../../nbs/figures/pictures.ipynb #9f2e82b6
+# %% ../../nbs/figures/pictures.ipynb #c3158f14
 def retrieval_gallery(
     rows: list[tuple],  # a query each: (its image, its class name, its answers as (image, is of its class))
     source: str = "",  # small text below, such as the id of the run
@@ -44,16 +44,21 @@ def retrieval_gallery(
         _draw_query(line[0], query, name)
         for ax, answer in zip(line[1:], answers):
             _draw_answer(ax, *answer)
-    figure.supxlabel(plain(source), fontsize=5, color="0.4")
+    figure.supxlabel(clipped(source, 18 * columns, lines=2), fontsize=5, color="0.4")
     return figure
 
-# %% ../../nbs/figures/pictures.ipynb #15346f83
+# %% ../../nbs/figures/pictures.ipynb #fe7fe4f4
 def _fitted(image: np.ndarray, centre: tuple[float, float], cell: tuple[float, float]) -> tuple:
     "Left, right, bottom and top of an image in the middle of its cell; upwards is less."
     height, width = image.shape[:2]
     scale = min(cell[0] / width, cell[1] / height) / 2
     (x, y), right, down = centre, scale * width, scale * height
     return x - right, x + right, y + down, y - down
+
+
+def _title(text: str, height: float) -> str:
+    "In as many lines as fit beside a row of that height in inches."
+    return clipped(text, 22, lines=max(1, int(8 * height)))
 
 
 def _draw_row(ax: plt.Axes, title: str, images: list[np.ndarray], corner: tuple[float, float], cell: tuple, gap: float):
@@ -64,23 +69,25 @@ def _draw_row(ax: plt.Axes, title: str, images: list[np.ndarray], corner: tuple[
         centre = left + place * (cell[0] + gap) + cell[0] / 2
         ax.imshow(image, cmap="gray", vmin=0, vmax=255, extent=_fitted(image, (centre, middle), cell))
 
-# %% ../../nbs/figures/pictures.ipynb #990b7c8d
+# %% ../../nbs/figures/pictures.ipynb #0fcc6a8f
 def _draw_split(ax: plt.Axes, name: str, top: float, bottom: float, line: str):
+    "The name beside the bar, no longer than it."
     ax.plot([0.22, 0.22], [top, bottom], line, lw=1.5)
     middle = (top + bottom) / 2
-    ax.text(0.1, middle, plain(name), rotation=90, ha="center", va="center", fontsize=9, fontweight="bold")
+    text = clipped(name, max(7, int(11 * (bottom - top))), lines=1)
+    ax.text(0.1, middle, text, rotation=90, ha="center", va="center", fontsize=9, fontweight="bold")
 
-# %% ../../nbs/figures/pictures.ipynb #d5662475
-def _widths(splits: dict, per_class: int) -> tuple[float, int]:
+# %% ../../nbs/figures/pictures.ipynb #6036b671
+def _widths(splits: dict, per_class: int, height: float) -> tuple[float, int]:
     "Where the images begin, in inches, and how many stand in a row. Raises ValueError without an image."
     rows = [(title, images) for classes in splits.values() for title, images in classes.items()]
     columns = max((len(images[:per_class]) for _, images in rows), default=0)
     if not columns:
         raise ValueError("expected at least one image for a contact sheet, got none")
-    longest = max(text_width(line) for title, _ in rows for line in wrapped(title, 22).split("\n"))
+    longest = max(text_width(line) for title, _ in rows for line in _title(title, height).split("\n"))
     return 0.4 + 0.068 * longest, columns
 
-# %% ../../nbs/figures/pictures.ipynb #f454bb60
+# %% ../../nbs/figures/pictures.ipynb #ef9dd1bc
 def contact_sheet(
     splits: dict[str, dict[str, list[np.ndarray]]],  # split -> title of a row -> its images, (H, W, 3) or (H, W)
     *,
@@ -89,13 +96,13 @@ def contact_sheet(
 ) -> plt.Figure:
     "Images in rows, the splits below each other. Raises ValueError without an image."
     gap, bottom = 0.06, 0.0  # inches
-    left, columns = _widths(splits, per_class)
+    left, columns = _widths(splits, per_class, cell[1])
     figure = plt.figure(figsize=(1, 1))
     ax = figure.add_axes((0, 0, 1, 1))
     for number, (split, rows) in enumerate(splits.items()):
         top = bottom
         for title, images in rows.items():
-            _draw_row(ax, wrapped(title, 22), images[:per_class], (left, bottom), cell, gap)
+            _draw_row(ax, _title(title, cell[1]), images[:per_class], (left, bottom), cell, gap)
             bottom += cell[1] + gap
         _draw_split(ax, split, top, bottom - gap, "k--" if number else "k-")
         bottom += 2 * gap

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['t_interval', 'curve', 'group_label', 'sweep', 'sweep_grid', 'training_curves', 'recall_bars', 'scaling']
 
-# %% ../../nbs/figures/results.ipynb #122ffb49
+# %% ../../nbs/figures/results.ipynb #edac79ae
 from collections.abc import Iterable
 
 import matplotlib.pyplot as plt
@@ -15,7 +15,7 @@ import seaborn as sns
 from matplotlib.lines import Line2D
 
 from .style import HATCHES, group_looks, in_order, look, loss_name, loss_number
-from .style import place_legend, plain, wrapped
+from .style import clipped, legend_height, place_legend
 from ..uncertainty import half_width
 
 # %% ../../nbs/figures/results.ipynb #073f8402
@@ -38,14 +38,14 @@ def curve(
     sns.lineplot(data=runs, x=x, y=y, ax=ax, errorbar=t_interval, **style)
     ax.set(xlabel="", ylabel="")
 
-# %% ../../nbs/figures/results.ipynb #d6442c89
+# %% ../../nbs/figures/results.ipynb #8e9e0e1d
 def group_label(
     loss: str,  # value of the parameter `loss`, or "before training"
     settings: str,  # what differs from other groups, "" where nothing does
     width: int = 36,  # of a line, in Latin characters
 ) -> str:
     "What a legend says of runs that differ by nothing but their seed."
-    return wrapped(", ".join(text for text in (loss_name(loss), settings) if text), width)
+    return clipped(", ".join(text for text in (loss_name(loss), settings) if text), width)
 
 # %% ../../nbs/figures/results.ipynb #01679ee4
 def _draw_sweep(ax: plt.Axes, runs: pd.DataFrame, x: str, y: str, style: dict, size: float = 5):
@@ -61,13 +61,18 @@ def _ticks(ax: plt.Axes, places: Iterable[float], values: Iterable[float], **tex
     ax.set_xticks(list(places), [f"{value:g}" for value in values], minor=False, **text)
     ax.minorticks_off()
 
-# %% ../../nbs/figures/results.ipynb #6c5a3575
+# %% ../../nbs/figures/results.ipynb #187611b3
+def _in_order(values: pd.Series) -> list:
+    "Each value once: numbers by size, then texts as they are met."
+    return sorted(values.unique(), key=lambda value: (1, 0) if isinstance(value, str) else (0, value))
+
+
 def _line_looks(runs: pd.DataFrame, lines: str) -> dict:  # value -> (label, style)
     "What each line of a sweep is called and looks like."
     if lines == "loss":
-        return {loss: (plain(loss_name(loss)), look(loss_number(loss))) for loss in in_order(runs[lines])}
-    values = sorted(runs[lines].unique())
-    return {value: (plain(f"{lines} {value}"), look(place)) for place, value in enumerate(values)}
+        return {loss: (clipped(loss_name(loss)), look(loss_number(loss))) for loss in in_order(runs[lines])}
+    values = _in_order(runs[lines])
+    return {value: (clipped(f"{lines} {value}"), look(place)) for place, value in enumerate(values)}
 
 
 def _sweep_legend(ax: plt.Axes, looks: dict, **options):
@@ -95,7 +100,7 @@ def sweep(
     _sweep_legend(axes[0, 0], looks)
     return figure
 
-# %% ../../nbs/figures/results.ipynb #e53a09ba
+# %% ../../nbs/figures/results.ipynb #02e75ce8
 def sweep_grid(
     runs: pd.DataFrame,  # one row a run, with the columns that are named here
     x: str,  # column on the horizontal axes, such as momentum
@@ -107,45 +112,48 @@ def sweep_grid(
 ) -> plt.Figure:
     "A panel for each pair of values, a line for each value of `lines`."
     looks, tried = _line_looks(runs, lines), sorted(runs[x].unique())
-    runs = runs.assign(step=runs[x].map(tried.index))
-    grid = sns.FacetGrid(runs, row=rows, col=columns, sharey="col", despine=False, height=1.45, aspect=1.25)
+    names = {"row": _in_order(runs[rows]), "column": _in_order(runs[columns])}
+    runs = runs.assign(step=runs[x].map(tried.index), row=runs[rows].map(names["row"].index),
+                       column=runs[columns].map(names["column"].index))
+    grid = sns.FacetGrid(runs, row="row", col="column", sharey="col", despine=False, height=1.45, aspect=1.25)
     for (row, column), ax in grid.axes_dict.items():
-        here = runs[(runs[rows] == row) & (runs[columns] == column)]
+        here = runs[(runs["row"] == row) & (runs["column"] == column)]
         for value, (_, style) in looks.items():
             _draw_sweep(ax, here[here[lines] == value], "step", y, style, size=3.5)
         _ticks(ax, range(len(tried)), tried, rotation=90, fontsize=7)
-    _label_grid(grid, x, y)
+    _label_grid(grid, names, x, y)
     _sweep_legend(grid.figure, looks, loc="outside upper center", ncols=4)
     return grid.figure
 
-# %% ../../nbs/figures/results.ipynb #a916f31c
-def _label_grid(grid: sns.FacetGrid, x: str, y: str):
+# %% ../../nbs/figures/results.ipynb #91d54b3c
+def _label_grid(grid: sns.FacetGrid, names: dict[str, list], x: str, y: str):
     "Titles of rows and columns, with the values as they are."
     grid.figure.set_layout_engine("constrained")
     grid.set_titles(template="")
-    for ax, name in zip(grid.axes[0], grid.col_names):
-        ax.set_title(plain(name), fontsize=9)
-    for line, name in zip(grid.axes, grid.row_names):
+    for ax, name in zip(grid.axes[0], names["column"]):
+        ax.set_title(clipped(name, 18, lines=2), fontsize=9)
+    for line, name in zip(grid.axes, names["row"]):
         where = {"xy": (1.03, 0.5), "xycoords": "axes fraction", "rotation": 270, "va": "center", "fontsize": 9}
-        line[-1].annotate(plain(name), **where)
+        line[-1].annotate(clipped(name, 18, lines=2), **where)
     grid.figure.supxlabel(x, fontsize=9)
     grid.figure.supylabel(y, fontsize=9)
 
-# %% ../../nbs/figures/results.ipynb #f98cad84
+# %% ../../nbs/figures/results.ipynb #05c4c6be
 def _epochs(record: dict, settings: str) -> pd.DataFrame:
     "The history of a run, a row an epoch; recall in percent, NaN where nothing chose the epoch."
-    select = record["select"]
+    select = record.get("select")
     rows = [{"epoch": entry["epoch"], "training loss": entry["loss"],
-             "recall": 100 * entry["validation"].get(select, np.nan)} for entry in record["history"]]
+             "recall": 100 * (entry.get("validation") or {}).get(select, np.nan)} for entry in record["history"]]
     return pd.DataFrame(rows).assign(loss=record["parameters"]["loss"], settings=settings)
 
 
 def _histories(records: list[dict], settings: dict[str, str] | None) -> list[pd.DataFrame]:
-    "The history of each run, in the order of the settings where there are any."
-    if not settings:
-        return [_epochs(record, "") for record in records]
-    by_id = {record["run_id"]: record for record in records}
-    return [_epochs(by_id[run_id], text) for run_id, text in settings.items()]
+    "The history of each run that has one, in the order of the settings where there are any. Raises ValueError."
+    by_id = {record["run_id"]: record for record in records if record.get("history")}
+    if not by_id:
+        raise ValueError("expected a record with the history of its training, got none")
+    settings = settings or dict.fromkeys(by_id, "")
+    return [_epochs(by_id[run_id], text) for run_id, text in settings.items() if run_id in by_id]
 
 # %% ../../nbs/figures/results.ipynb #e36003b4
 def _curve_looks(histories: list[pd.DataFrame]) -> dict:  # (loss, settings) -> arguments of a line
@@ -166,26 +174,26 @@ def _draw_histories(ax: plt.Axes, histories: list[pd.DataFrame], y: str, looks: 
         if rows[y].notna().any():
             curve(ax, rows, "epoch", y, lw=1.2, ms=3, mew=0, **looks[group])
 
-# %% ../../nbs/figures/results.ipynb #859c1cb5
+# %% ../../nbs/figures/results.ipynb #076e3829
 def training_curves(
     records: list[dict],  # of benchmark runs; see `study`
     settings: dict[str, str] | None = None,  # run_id -> what differs but loss and seed: study.tables.record_settings
 ) -> plt.Figure:
-    "Loss and recall on the validation classes over the epochs."
+    "Loss and recall on the validation classes over the epochs. Raises ValueError where no record has a history."
     histories = _histories(records, settings)
     looks = _curve_looks(histories)
-    figure, axes = plt.subplots(1, 2, figsize=(6, 2.2 + 0.15 * (len(looks) // 3)), layout="constrained")
+    labels = [group_label(*group) for group in looks]
+    figure, axes = plt.subplots(1, 2, figsize=(6, 2.0 + legend_height(labels, 3)), layout="constrained")
     for ax, column in zip(axes, ("training loss", "recall")):
         _draw_histories(ax, histories, column, looks)
         ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
         ax.minorticks_off()
-    chosen = sorted({record["select"].replace("recall", "Recall") for record in records})
+    chosen = sorted({str(record.get("select")).replace("recall", "Recall") for record in records})
     low, high = axes[1].get_ylim()
     axes[0].set(xlabel="epoch", ylabel="training loss")
     axes[1].set(xlabel="epoch", ylabel=f"{' or '.join(chosen)} (%),\nvalidation classes")
     axes[1].set_ylim(max(0, low), min(100, high))
     handles = [Line2D([], [], ms=3, mew=0, **style) for style in looks.values()]
-    labels = [group_label(*group) for group in looks]
     place_legend(figure, handles, labels, loc="outside upper center", ncols=3, fontsize=7)
     return figure
 
@@ -219,7 +227,7 @@ def _draw_bars(ax: plt.Axes, rows: pd.DataFrame, looks: list[dict]):
     ax.tick_params(axis="x", which="both", length=0)
     ax.set_ylim(0, None)
 
-# %% ../../nbs/figures/results.ipynb #dbda741f
+# %% ../../nbs/figures/results.ipynb #27939a3e
 def recall_bars(
     runs: pd.DataFrame,  # one row a run, with the columns loss, code (dense or binary), `column` and, if any, settings
     column: str = "recall@1",  # in [0, 1]
@@ -227,15 +235,16 @@ def recall_bars(
     "A group of bars a code, a bar for runs of the same loss and settings, in the order of the rows."
     rows, groups = _grouped(runs, column)
     looks = group_looks([loss for loss, _ in groups])
-    figure, ax = plt.subplots(figsize=(max(3.6, 0.8 + 0.4 * len(groups)), 2.4), layout="constrained")
+    labels, columns = [group_label(*group) for group in groups], 3 if len(groups) <= 3 else 2
+    size = (max(3.6, 0.8 + 0.4 * len(groups)), 2.2 + legend_height(labels, columns))
+    figure, ax = plt.subplots(figsize=size, layout="constrained")
     _draw_bars(ax, rows, looks)
     ax.set_ylabel(f"Recall@{column.partition('@')[2]} (%), test classes")
     handles = [container[0] for container in ax.containers]
-    labels = [group_label(*group) for group in groups]
-    place_legend(figure, handles, labels, loc="outside upper center", ncols=3 if len(groups) <= 3 else 2, fontsize=7)
+    place_legend(figure, handles, labels, loc="outside upper center", ncols=columns, fontsize=7)
     return figure
 
-# %% ../../nbs/figures/results.ipynb #afab84f6
+# %% ../../nbs/figures/results.ipynb #e6d4bc4c
 def _slope(n: np.ndarray, values: np.ndarray) -> float:
     "The exponent of N in the larger half of the sizes; NaN where there is only one."
     large = n >= np.median(n)
@@ -249,7 +258,7 @@ def _draw_cost(ax: plt.Axes, runs: pd.DataFrame, column: str):
         group = group.sort_values("n")
         n, values = group["n"].to_numpy(float), group[column].clip(lower=1e-5).to_numpy(float)
         ax.plot(n, values, ms=4, **look(place))
-        labels.append(f"{plain(method)}: $N^{{{_slope(n, values):.1f}}}$")
+        labels.append(f"{clipped(method, lines=2)}: $N^{{{_slope(n, values):.1f}}}$")
     place_legend(ax, ax.lines, labels, fontsize=6.5)
 
 # %% ../../nbs/figures/results.ipynb #91519fb4

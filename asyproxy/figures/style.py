@@ -4,24 +4,30 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'MARKERS', 'LINES', 'HATCHES', 'NAMES', 'LOSSES', 'FALLBACKS', 'colour', 'look', 'loss_name', 'loss_number',
-           'in_order', 'shade', 'group_looks', 'plain', 'place_legend', 'text_width', 'wrapped', 'font_family',
-           'missing_characters', 'use_style', 'save_figure']
+           'in_order', 'shade', 'group_looks', 'font_family', 'without_glyph', 'plain', 'place_legend', 'legend_height',
+           'text_width', 'wrapped', 'clipped', 'missing_characters', 'use_style', 'save_figure']
 
-# %% ../../nbs/figures/style.ipynb #2442f701
+# %% ../../nbs/figures/style.ipynb #4bcd8da8
 import colorsys
+import functools
+import re
 import textwrap
 import unicodedata
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axis import Axis
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.legend import Legend
 from matplotlib.text import Text
 
 from ..files import write_atomically
+from ..text import code, shortened, spelled
 
 # %% ../../nbs/figures/style.ipynb #fd2490b1
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442", "#999999", "#7F3C8D")
@@ -95,14 +101,51 @@ def group_looks(
                       "marker": MARKERS[number % len(MARKERS)], "linestyle": LINES[place % len(LINES)]})
     return looks
 
-# %% ../../nbs/figures/style.ipynb #b98142dd
+# %% ../../nbs/figures/style.ipynb #2b4518b4
+FALLBACKS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans JP", "Source Han Sans",
+             "WenQuanYi Micro Hei", "Droid Sans Fallback", "PingFang SC", "Hiragino Sans", "Microsoft YaHei",
+             "Yu Gothic", "Malgun Gothic", "Arial Unicode MS", "Noto Sans Arabic", "Noto Sans Devanagari",
+             "Noto Emoji", "Segoe UI Emoji", "Symbola")
+
+
+def font_family() -> list[str]:
+    "The fonts of a figure, in the order in which a character is looked for in them."
+    installed = {font.name for font in fontManager.ttflist}
+    return ["STIXGeneral", "DejaVu Sans", *(name for name in FALLBACKS if name in installed)]
+
+# %% ../../nbs/figures/style.ipynb #22420688
+@functools.cache
+def _drawable(families: tuple[str, ...]) -> frozenset[int]:
+    "The code points that any of the fonts has."
+    fonts = [get_font(findfont(FontProperties(family=[family]))) for family in families]
+    return frozenset().union(*(font.get_charmap() for font in fonts))
+
+
+def without_glyph(
+    text: str,  # of any length
+) -> set[str]:  # single characters
+    "The characters that no font of the style has, of those that are drawn at all."
+    drawable = _drawable(tuple(plt.rcParams["font.family"]))
+    seen = {character for character in text if unicodedata.category(character) not in ("Cc", "Cf", "Cs")}
+    return {character for character in seen if ord(character) not in drawable}
+
+# %% ../../nbs/figures/style.ipynb #2ff120d0
+def _readable(text: str) -> str:
+    "The text in one line, with codes for what cannot be drawn."
+    return spelled(re.sub(r"\s", " ", str(text)), without_glyph(str(text)))
+
+
+def _no_mathematics(text: str) -> str:
+    return text.replace("$", r"\$")
+
+
 def plain(
     text: str,  # of a user
 ) -> str:
-    "The same text, to be drawn by matplotlib as it is."
-    return str(text).replace("$", r"\$")
+    "The same text in one line, to be drawn by matplotlib as it is."
+    return _no_mathematics(_readable(text))
 
-
+# %% ../../nbs/figures/style.ipynb #54a43901
 def place_legend(
     owner: plt.Axes | plt.Figure,  # where it stands
     handles: list,  # what is explained
@@ -115,7 +158,16 @@ def place_legend(
         drawn.set_text(label)
     return legend
 
-# %% ../../nbs/figures/style.ipynb #61c1b787
+
+def legend_height(
+    labels: list[str],  # as they are drawn
+    columns: int,  # of the legend
+) -> float:  # inches
+    "The height of a legend in small letters."
+    lines = [sum(label.count("\n") + 1 for label in column) for column in np.array_split(labels, columns)]
+    return 0.16 * max(lines)
+
+# %% ../../nbs/figures/style.ipynb #a4c0b183
 def text_width(
     text: str,  # one line
 ) -> int:  # in Latin characters
@@ -129,33 +181,42 @@ def wrapped(
     lines: int | None = None,  # at most
 ) -> str:
     "The text in lines, to be drawn as it is."
-    wide = max(1, text_width(text) / max(1, len(text)))  # 1 to 2 columns a character
-    filled = textwrap.fill(str(text), max(2, int(width / wide)), max_lines=lines, placeholder=" …")
-    return plain(filled)
-
-# %% ../../nbs/figures/style.ipynb #2b4518b4
-FALLBACKS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans JP", "Source Han Sans",
-             "WenQuanYi Micro Hei", "Droid Sans Fallback", "PingFang SC", "Hiragino Sans", "Microsoft YaHei",
-             "Yu Gothic", "Malgun Gothic", "Arial Unicode MS", "Noto Sans Arabic", "Noto Sans Devanagari",
-             "Noto Emoji", "Segoe UI Emoji", "Symbola")
+    readable = _readable(text)
+    wide = max(1, text_width(readable) / max(1, len(readable)))  # 1 to 2 columns a character
+    filled = textwrap.fill(readable, max(2, int(width / wide)), max_lines=lines, placeholder=" …")
+    return _no_mathematics(filled)
 
 
-def font_family() -> list[str]:
-    "The fonts of a figure, in the order in which a character is looked for in them."
-    installed = {font.name for font in fontManager.ttflist}
-    return ["STIXGeneral", "DejaVu Sans", *(name for name in FALLBACKS if name in installed)]
+def clipped(
+    text: str,  # of a user
+    width: int = 24,  # of a line, in Latin characters
+    lines: int = 3,  # at most
+) -> str:
+    "The text in lines, without its middle where it is too long: the ends tell settings and paths apart."
+    readable = _readable(text)
+    fitting = (wrapped(shortened(readable, most), width) for most in range(width * lines, 3, -4))
+    return next((said for said in fitting if said.count("\n") < lines), "…")
 
-# %% ../../nbs/figures/style.ipynb #3c514ab2
+# %% ../../nbs/figures/style.ipynb #076e4a29
+def _texts(artist: Artist) -> Iterator[Text]:
+    "All text of a figure or a part of it, without the ticks of axes that are switched off (making them takes time)."
+    if isinstance(artist, Text):
+        yield artist
+    hidden = isinstance(artist, plt.Axes) and not artist.axison
+    for child in artist.get_children():
+        if not (hidden and isinstance(child, Axis)):
+            yield from _texts(child)
+
+
+_CODE = re.compile(r"\bU\+((?:10|[0-9A-F])?[0-9A-F]{4})\b")
+
+
 def missing_characters(
     figure: plt.Figure,  # with all its text
 ) -> str:  # each once, in the order of their code points
-    "The characters in a figure that no font of its style has."
-    drawn = set().union(*(text.get_text() for text in figure.findobj(Text)))
-    drawn = {character for character in drawn if unicodedata.category(character) not in ("Cc", "Cf")}
-    for family in plt.rcParams["font.family"]:
-        charmap = get_font(findfont(FontProperties(family=family))).get_charmap()
-        drawn = {character for character in drawn if ord(character) not in charmap}
-    return "".join(sorted(drawn))
+    "The characters of a figure that no font of its style has, also where codes stand for them."
+    text = " ".join(text.get_text() for text in _texts(figure))
+    return "".join(sorted(without_glyph(text + "".join(chr(int(code, 16)) for code in _CODE.findall(text)))))
 
 # %% ../../nbs/figures/style.ipynb #387be668
 _SETTINGS = {"mathtext.fontset": "stix", "font.size": 9, "figure.dpi": 110, "savefig.bbox": "tight", "pdf.fonttype": 42,
@@ -178,7 +239,7 @@ def use_style(
     for loss in losses:
         loss_number(loss)
 
-# %% ../../nbs/figures/style.ipynb #c06655b1
+# %% ../../nbs/figures/style.ipynb #dfb239ed
 def save_figure(
     figure: plt.Figure,  # as it is to be seen
     path: str | Path,  # without a suffix
@@ -192,5 +253,6 @@ def save_figure(
         with write_atomically(saved[-1]) as temporary:
             figure.savefig(temporary, metadata=metadata, dpi=dpi)
     if missing := missing_characters(figure):
-        print(f"{Path(path).name}: no installed font has {missing[:20]}; boxes stand for them. Noto Sans CJK has most")
+        print(f"{Path(path).name}: no installed font has {missing[:20]}; their codes are drawn, such as "
+              f"{code(missing[0])}. Noto Sans CJK has most")
     return saved
