@@ -24,6 +24,7 @@ from project import ROOT, library, readme, studies
 
 from asyproxy.experiment import parameters_cell, smallest
 from asyproxy.study.parameters import STUDIES
+from asyproxy.study.record import record_text
 
 # A test sees no GPU, no hub and none of the user's own results; two run at a time, so each has one thread.
 ENVIRONMENT = os.environ | {
@@ -338,15 +339,15 @@ def test_benchmark_and_report(tmp_path):
     anchored = run_study("benchmark", tmp_path, loss="proxy_anchor", loss_options="margin=0.2")
     shutil.copy(ROOT / ".ci" / "record_of_before.json", tmp_path / "figures" / "records")  # of `asymptotic` proxies
     odd = {"nothing": {"metrics": None}, "halves": {"metrics": {"selected": {"dense": None}}}, "undrawn": {"history": None}}
-    for run_id, values in odd.items():
-        path = tmp_path / "figures" / "records" / f"{run_id}.json"
-        path.write_text(json.dumps({**one, "run_id": run_id, **values}))
+    for name_, values in odd.items():
+        path = tmp_path / "figures" / "records" / f"{name_}.json"
+        path.write_text(record_text({**one, "run_id": name_, **values}))
     report = run_study("report", tmp_path)
     assert {one["run_id"], both["run_id"], anchored["run_id"], "undrawn"} <= set(report["records"])
     assert not {"nothing", "halves"} & set(report["records"])
     results = (tmp_path / "figures" / "report" / "results.csv").read_text()
     assert "proxy_anchor" in results and "benchmark-glyphs-lite0-asymptotic-512-0-94b0ecab" in results
-    assert "asymptotic," not in results
+    assert '"asymptotic"' not in results
 
 
 ISC = "from asyproxy.fixtures import write_fixture; write_fixture(sys.argv[1], 'isc', 'official')"

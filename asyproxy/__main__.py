@@ -6,10 +6,8 @@
 __all__ = []
 
 # %% ../nbs/main.ipynb #ed4e0446
-import sys
-
-from .study.command import main
+from .study.command import console
 
 # %% ../nbs/main.ipynb #cdb104fd
 if __name__ == "__main__" and globals().get("__spec__"):
-    sys.exit(main())
+    console()

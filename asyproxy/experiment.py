@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['numbers', 'inside', 'Parameter', 'expectation', 'parameter', 'parameters', 'same', 'cast', 'hint', 'complaint',
-           'checked', 'Checked', 'Images', 'Model', 'Experiment', 'identity', 'run_id', 'smallest', 'parameters_cell',
-           'cell_values']
+           'checked', 'Checked', 'Images', 'Model', 'Experiment', 'located', 'published', 'identity', 'run_id',
+           'smallest', 'parameters_cell', 'cell_values']
 
-# %% ../nbs/experiment.ipynb #3fa733d1
+# %% ../nbs/experiment.ipynb #e6ed028f
 import ast
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 
 # %% ../nbs/experiment.ipynb #23719f1f
 def numbers(
@@ -45,7 +47,7 @@ def _in_words(interval: str) -> str:
         return f"at least {low}" if interval[0] == "[" else f"> {low}"
     return f"in {interval}"
 
-# %% ../nbs/experiment.ipynb #7b2115d7
+# %% ../nbs/experiment.ipynb #1faf0070
 @dataclass(frozen=True)
 class Parameter:
     "What is known of a parameter."
@@ -57,6 +59,7 @@ class Parameter:
     choices: tuple[str, ...] | str = ()  # the values it may have, or their catalogue, such as "asyproxy.loss:LOSSES"
     listed: type | None = None  # int, float or str: a text of such values, separated by commas
     path: bool = False  # a file or folder, if there is one of that name
+    words: tuple[str, ...] = ()  # of a path: what means something else, whatever files there are
     identity: bool = True  # part of the name of a run: another value is another run
     result: bool = True  # what is measured depends on it: another value is another row of a table
     before: bool = False  # also what is measured before any training depends on it
@@ -208,7 +211,7 @@ class Checked:
         for name, value in checked(parameters(type(self)), vars(self)).items():
             object.__setattr__(self, name, value)
 
-# %% ../nbs/experiment.ipynb #30ae54ee
+# %% ../nbs/experiment.ipynb #96ab3896
 @dataclass(frozen=True)
 class Images(Checked):
     "Which images an experiment is about."
@@ -221,18 +224,21 @@ class Images(Checked):
     allow_incomplete: bool = parameter(False, "accept missing images and other than the official counts", before=True)
     skip_unreadable: bool = parameter(False, "leave out files that cannot be read", before=True)
     test_classes: str = parameter(
-        "0.5", "own folders: share of the classes that test, or a file with a class a line", path=True, before=True)
-    split_seed: int = parameter(0, "own folders: draws the classes that test", within="[0, inf)", before=True)
+        "0.5", "own folders: share of the classes that test, or a file with a class a line", path=True, identity=False,
+        before=True)
+    split_seed: int = parameter(
+        0, "own folders: draws the classes that test", within="[0, inf)", identity=False, before=True)
     cache: bool = parameter(False, "decode every image once into a cache, see nbs/data/cache", before=True)
 
-# %% ../nbs/experiment.ipynb #c9cd7a8c
+# %% ../nbs/experiment.ipynb #5c867b92
 @dataclass(frozen=True)
 class Model(Images):
     "What an experiment trains, and what it is trained by."
     backbone_type: str = parameter(
         "lite0", "backbone", choices="asyproxy.model:BACKBONES", before=True, small="convnet")
     weights: str = parameter(
-        "pretrained", '"pretrained", "random" or the path of a local file', path=True, before=True, small="random")
+        "pretrained", '"pretrained", "random" or the path of a local file', path=True, words=("pretrained", "random"),
+        before=True, small="random")
     feature_dim: int = parameter(512, "dimensions of an embedding", within="[1, inf)", small=8)
     loss: str = parameter("moving", "loss", choices="asyproxy.loss:LOSSES")
     temperature: float = parameter(0.2, "divides the cosines", within="(0, inf)")
@@ -264,21 +270,52 @@ class Experiment(Model):
     num_workers: int = parameter(0, "processes that read images", within="[0, inf)", identity=False, result=False)
     retrieval_num: int = parameter(8, "answers shown for a query", within="[1, inf)", identity=False, result=False)
 
-# %% ../nbs/experiment.ipynb #1ea19f77
+# %% ../nbs/experiment.ipynb #67c71d47
+def located(
+    parameter: Parameter,  # what is known of it
+    value,  # as it was given
+):  # the absolute path of a file or folder, else the value
+    "A path that holds everywhere, where there is a file or folder of that name."
+    text = str(value)
+    if not parameter.path or not text or text in (*parameter.words, parameter.default):
+        return value
+    try:
+        path = Path(text).expanduser()
+        return str(path.resolve()) if path.exists() else value
+    except (OSError, RuntimeError, ValueError):  # too long, no such user, a null character
+        return value
+
+# %% ../nbs/experiment.ipynb #ee467314
+def _published(path: Path) -> str:
+    "Such as `birds`, or `resnet50.pth@1f2e3d4c5b6a`."
+    if not path.is_file():
+        return path.name
+    with path.open("rb") as file:
+        return f"{path.name}@{hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
+
+
+def published(
+    described: dict[str, Parameter],  # what is known of the parameters
+    values: dict,  # parameter -> value
+) -> dict:  # parameter -> value, in which no folder of this machine is named
+    "What a record says of the parameters."
+    said = {}
+    for name, value in values.items():
+        path = located(described[name], value)
+        is_path = described[name].path and path and (path != value or Path(path).is_absolute())
+        said[name] = _published(Path(path)) if is_path else value
+    return said
+
+# %% ../nbs/experiment.ipynb #9128f153
 def identity(
     described: dict[str, Parameter],  # what is known of the parameters
     values: dict,  # parameter -> value
 ) -> dict:
     "The parameters that make a run another one, where they are not the default."
-    kept = {}
-    for name, value in values.items():
-        if described[name].identity and value != described[name].default:
-            kept[name] = value
-    if values.get("data_name") == "own" and values.get("data_path"):
-        kept["data_path"] = values["data_path"].rstrip("/").rpartition("/")[2]
-    return kept
+    return {name: value for name, value in published(described, values).items()
+            if described[name].identity and value != described[name].default}
 
-# %% ../nbs/experiment.ipynb #3fadf2c3
+# %% ../nbs/experiment.ipynb #03af0652
 _SPOKEN = ("data_name", "backbone_type", "loss", "feature_dim", "seed")  # parameters that a run is called by
 
 
@@ -286,10 +323,13 @@ def run_id(
     study: str,  # its name
     described: dict[str, Parameter],  # what is known of its parameters
     values: dict,  # parameter -> value
+    fingerprint: str = "",  # of the images, for a study that has any
 ) -> str:  # such as benchmark-glyphs-lite0-moving-512-0-1f2e3d4c
     "What the record, folder and models of a run are called."
-    digest = hashlib.sha256(json.dumps(identity(described, values), sort_keys=True).encode()).hexdigest()[:8]
-    return "-".join([study, *(str(values[one]) for one in _SPOKEN if one in values), digest])
+    kept = identity(described, values) | ({"fingerprint": fingerprint} if fingerprint else {})
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+    words = [study, *(str(values[one]) for one in _SPOKEN if one in values), digest]
+    return "-".join(re.sub(r"[^\w.+]+", "_", word).strip(".") for word in words)
 
 # %% ../nbs/experiment.ipynb #ef793284
 def smallest(

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['DATA_SETS', 'DataSet', 'ImageData', 'ImageSet', 'build_cache', 'hold_out_classes', 'load_data', 'read_image',
-           'test_sets', 'transform']
+           'test_rows', 'test_sets', 'transform']
 
-# %% ../../nbs/data/index.ipynb #a27d7df1
+# %% ../../nbs/data/index.ipynb #2d73b869
 from .cache import build_cache
 from .catalogue import DATA_SETS
 from .entry import DataSet
 from .images import read_image
 from .prepare import load_data
-from .splits import ImageSet, hold_out_classes, test_sets
+from .splits import ImageSet, hold_out_classes, test_rows, test_sets
 from .table import ImageData
 from .views import transform
 
 _all_ = ["DATA_SETS", "DataSet", "ImageData", "ImageSet", "build_cache", "hold_out_classes", "load_data", "read_image",
-         "test_sets", "transform"]
+         "test_rows", "test_sets", "transform"]

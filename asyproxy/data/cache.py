@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['build_cache']
 
-# %% ../../nbs/data/cache.ipynb #e1dc46fd
+# %% ../../nbs/data/cache.ipynb #a0bf5c56
 import hashlib
 import os
 import shutil
@@ -20,7 +20,7 @@ import torch
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from .sources import DecodedCache, ImageFiles, cache_folder
+from .sources import DecodedCache, ImageFiles, cache_folder, checksum
 from .table import BOX, ImageData
 from ..files import save_tensors, write_atomically
 
@@ -63,18 +63,20 @@ def _key(data: ImageData) -> str:
     lines += [f"{package} {version(package)}" for package in ("torch", "torchvision", "pillow")]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
-# %% ../../nbs/data/cache.ipynb #bdd565f9
-def _write(data: ImageData, row: int, path: Path, offset: int, size: tuple[int, int]):
-    "Writes one image into the file. Raises ValueError where it has not the size that was expected."
+# %% ../../nbs/data/cache.ipynb #b09f97d8
+def _write(data: ImageData, row: int, path: Path, offset: int, size: tuple[int, int]) -> int:
+    "Writes one image into the file; its checksum. Raises ValueError where it has not the size that was expected."
     pixels = data.read(row)
     if min(pixels.shape[1:]) > data.test_resize:
         pixels = F.resize(pixels, [data.test_resize], antialias=True)
     if pixels.shape[1:] != size:
         raise ValueError(f"expected {size[0]} x {size[1]} pixels of {data.table['image'].iloc[row]} after resizing, "
                          f"got {tuple(pixels.shape[1:])}: the height and width in the table are not the file's")
+    pixels = pixels.permute(1, 2, 0).contiguous().numpy()
     with open(path, "rb+") as file:
         file.seek(offset)
-        file.write(pixels.permute(1, 2, 0).contiguous().numpy())
+        file.write(pixels)
+    return checksum(pixels)
 
 # %% ../../nbs/data/cache.ipynb #18d7fb93
 def _make_room(path: Path, needed: int, name: str):
@@ -89,7 +91,7 @@ def _make_room(path: Path, needed: int, name: str):
                       f"got {free / 1e9:.2f} GB in {path.parent}: make room, "
                       "or set the environment variable ASYPROXY_CACHE to a folder on a larger disk")
 
-# %% ../../nbs/data/cache.ipynb #5fb426e3
+# %% ../../nbs/data/cache.ipynb #e575d00f
 def _build(data: ImageData, cache: DecodedCache, threads: int):
     "Decodes all images into the two files of a cache."
     original = _original_sizes(data)
@@ -99,9 +101,9 @@ def _build(data: ImageData, cache: DecodedCache, threads: int):
     with write_atomically(cache.path) as temporary, ThreadPoolExecutor(threads) as pool:
         temporary.touch()
         work = [(data, row, temporary, int(offsets[row]), tuple(stored[row])) for row in range(len(stored))]
-        for _ in tqdm(pool.map(_write, *zip(*work)), f"decoding {data.name}", len(work)):
-            pass
-    index = {"offsets": torch.tensor(offsets), "stored": torch.tensor(stored), "original": torch.tensor(original)}
+        checksums = list(tqdm(pool.map(_write, *zip(*work)), f"decoding {data.name}", len(work)))
+    index = {"offsets": offsets, "checksums": checksums, "stored": stored, "original": original}
+    index = {name: torch.as_tensor(values) for name, values in index.items()}
     save_tensors(cache.index_path, index, {"data": data.name, "images": len(stored)})
 
 # %% ../../nbs/data/cache.ipynb #73463c07

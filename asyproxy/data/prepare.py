@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OFFICIAL_ARE', 'OF_PAPERS', 'load_data', 'describe']
 
-# %% ../../nbs/data/prepare.ipynb #30506ce1
+# %% ../../nbs/data/prepare.ipynb #45410432
 import os
 import shlex
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from .forms import find
 from .lists import Found
 from .scan import keep_table, kept_table, problems_path, scan, table_paths
 from .sources import ImageFiles
+from .splits import test_rows
 from .table import BOX, SPLITS, ImageData
 from ..experiment import Experiment, Images, numbers, parameters
 from ..text import one_line, shortened
@@ -54,15 +55,26 @@ def _clip_boxes(table: pd.DataFrame) -> pd.DataFrame:
     table.loc[empty, "problem"] = "its box holds no pixel of the image"
     return table
 
-# %% ../../nbs/data/prepare.ipynb #2e7b6075
+# %% ../../nbs/data/prepare.ipynb #1cc84f79
+def _twins_in(rows: pd.DataFrame) -> list[str]:
+    "What is to be said of rows whose files are the same, byte for byte."
+    files, splits = rows.drop_duplicates("image"), set(rows["split"])
+    tested = files["split"][files["split"] != "train"]
+    found = {"under more than one class": files["label"].nunique() > 1,
+             "in training and in the test": "train" in splits and len(splits) > 1,
+             "more than once in the test, where a query finds its copy":
+             len(tested) > 1 and tested.isin(["test", "query"]).any() and tested.isin(["test", "gallery"]).any()}
+    return [name for name, holds in found.items() if holds]
+
+
 def _twins(table: pd.DataFrame) -> list[str]:
-    "A note on files that are the same, byte for byte, under different classes."
+    "Notes on files that are the same, byte for byte."
     whole = table[table["sha256"].duplicated(keep=False) & (table["problem"] == "")]
-    apart = [labels for _, labels in whole.groupby("sha256")["label"] if labels.nunique() > 1]
-    if not apart:
-        return []
-    first = " and ".join(table.loc[apart[0].index[:2], "image"])
-    return [f"photos stored under more than one class, byte for byte: {len(apart)}, such as {first}"]
+    found = {}
+    for _, rows in whole.groupby("sha256"):
+        for name in _twins_in(rows):
+            found.setdefault(name, []).append(" and ".join(rows["image"].unique()[:2]))
+    return [f"photos stored {name}, byte for byte: {len(pairs)}, such as {pairs[0]}" for name, pairs in found.items()]
 
 # %% ../../nbs/data/prepare.ipynb #4d8a8f05
 @dataclass
@@ -111,7 +123,7 @@ def _advice(verdict: _Verdict, allow_incomplete: bool, skip_unreadable: bool) ->
                       "or leave them out with --skip_unreadable (in a run: -p skip_unreadable true).")
     return " ".join(advice)
 
-# %% ../../nbs/data/prepare.ipynb #84fad2d0
+# %% ../../nbs/data/prepare.ipynb #adce673e
 def _usable(data_name: str, root: Path, table: pd.DataFrame, about: dict) -> ImageData:
     "Raises ValueError where nothing could be tested, or as `check_table` does."
     splits = set(table["split"])
@@ -119,7 +131,8 @@ def _usable(data_name: str, root: Path, table: pd.DataFrame, about: dict) -> Ima
         raise ValueError("expected images to train on and images to test on (or queries and a gallery), "
                          f"got only {', '.join(sorted(splits)) or 'none'}")
     columns = ["image", "label", "class_name", "split", *BOX, "height", "width", "sha256"]
-    table = table.sort_values(["label", "sha256", "image"], ignore_index=True)
+    order = ["label", "sha256", "image", *(edge for edge in BOX if edge in table)]
+    table = table.sort_values(order, ignore_index=True)
     return ImageData(data_name, table[[column for column in columns if column in table]], ImageFiles(root), about=about)
 
 # %% ../../nbs/data/prepare.ipynb #7b3c3fc0
@@ -217,31 +230,38 @@ def _state(about: dict, official: dict[str, tuple[int, int]]) -> str:
     otherwise = "the counts are not the official ones" if official else "not the official files"
     return f"NOT complete, which was allowed: {'; '.join(wrong) or otherwise}"
 
-# %% ../../nbs/data/prepare.ipynb #5b0ca85d
+# %% ../../nbs/data/prepare.ipynb #920cf1df
 def _validation(data: ImageData) -> float:
     "A share of the training classes that can choose the epoch, whatever the seed; 0: there is none."
-    images = data.table.loc[data.table["split"] == "train", "label"].value_counts()
-    fewest = max(2, (images == 1).sum() + 1)  # so that one of the classes holds two images
+    photos = data.table.assign(photo=data.photos)[data.table["split"] == "train"].groupby("label")["photo"].nunique()
+    fewest = max(2, (photos == 1).sum() + 1)  # so that one of the classes holds two photographs
     for share in (Experiment.validation, 0.2, 0.3):
-        if fewest <= round(share * len(images)) <= len(images) - 2:  # as `hold_out_classes` counts
+        if fewest <= round(share * len(photos)) <= len(photos) - 2:  # as `hold_out_classes` counts
             return share
     return 0.0
 
-# %% ../../nbs/data/prepare.ipynb #c00c3dfe
+# %% ../../nbs/data/prepare.ipynb #848f5e61
 def _recalls(data: ImageData, usual: str) -> str:
     "Each K of the usual ones that the test can give."
-    splits = data.table["split"]
-    searched = (splits == "gallery").sum() if "gallery" in set(splits) else (splits == "test").sum() - 1
+    queries, gallery = test_rows(data.table)
+    searched = gallery.sum() - (queries == gallery).all()
     return ",".join(str(k) for k in numbers(usual) if k <= searched)
 
-# %% ../../nbs/data/prepare.ipynb #ca07d01c
+# %% ../../nbs/data/prepare.ipynb #eebb0a27
+def _has_answer(data: ImageData) -> bool:
+    "Whether any query has an image of its class, and of another photograph, to be found."
+    items, (queries, gallery) = data.table[["label"]].assign(photo=data.photos), test_rows(data.table)
+    found = items[gallery].groupby("label")["photo"].agg(["min", "max"])  # one photograph, or two of many
+    asked = items[queries].join(found, on="label", how="inner")
+    return bool(((asked["photo"] != asked["min"]) | (asked["photo"] != asked["max"])).any())
+
+
 def _obstacle(data: ImageData) -> str:
     "Why no study can run on the images; empty where one can."
-    labels = {split: rows.value_counts() for split, rows in data.table.groupby("split")["label"]}
-    if len(labels["train"]) < 2:
-        return "training takes two classes or more, there is one: add some, or let fewer of them test (--test_classes)"
-    queries = set(labels["query"].index if "query" in labels else labels["test"].index[labels["test"] > 1])
-    if not queries & set(labels["gallery"].index if "gallery" in labels else queries):
+    classes = data.table.loc[data.table["split"] == "train", "label"].nunique()
+    if classes < 2:
+        return f"training takes two classes or more, there are {classes}: add some, or let fewer of them test"
+    if not _has_answer(data):
         return "no image of the test can be found by another one of its class: add images to its classes"
     return ""
 

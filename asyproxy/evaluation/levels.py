@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from scipy.special import gammaln
 
-# %% ../../nbs/evaluation/levels.ipynb #677afcaf
+# %% ../../nbs/evaluation/levels.ipynb #71777212
 class Side(NamedTuple):
     "The queries or the gallery of a retrieval."
     embeddings: torch.Tensor  # (N, D), float32 or float64; finite, no row of zeros unless only codes are compared
     labels: torch.Tensor  # (N,), int64
     squares: torch.Tensor  # (N,), float64, squared norms of the embeddings
+    photos: torch.Tensor | None = None  # (N,), int64: no query finds an item of its own photograph; None: but itself
 
 # %% ../../nbs/evaluation/levels.ipynb #9a13177f
 class Levels(NamedTuple):

@@ -63,16 +63,21 @@ def _block_levels(rows, similarities_QG, positive_QG, relevant, best_only: bool)
     found = (x[first].cpu().numpy() for x in (above, tied, positives, before))
     return Levels(rows.cpu().numpy(), relevant.cpu().numpy(), start, *found)
 
-# %% ../../nbs/evaluation/sorting.ipynb #810cefb1
+# %% ../../nbs/evaluation/sorting.ipynb #17a84836
 def _compared(rows, queries: Side, gallery: Side | None, binary: bool) -> tuple[torch.Tensor, torch.Tensor]:
     "Similarities of some of the queries, and where the positives are: (Q, G) each."
-    block, gallery_side = Side(*(x[rows] for x in queries)), queries if gallery is None else gallery
+    gallery_side = queries if gallery is None else gallery
+    block = Side(*(None if x is None else x[rows] for x in queries))
     similarities_QG = (_agreement if binary else _cosines)(block, gallery_side)
     positive_QG = block.labels[:, None] == gallery_side.labels
     if gallery is None:
         places = torch.arange(len(rows), device=rows.device)
         similarities_QG[places, rows] = -torch.inf
         positive_QG[places, rows] = False
+    if block.photos is not None:
+        twins_QG = block.photos[:, None] == gallery_side.photos
+        similarities_QG.masked_fill_(twins_QG, -torch.inf)
+        positive_QG &= ~twins_QG
     return similarities_QG, positive_QG
 
 # %% ../../nbs/evaluation/sorting.ipynb #8341d78a

@@ -95,7 +95,7 @@ def reset_peak_memory(
     except OSError:
         pass
 
-# %% ../../nbs/measuring/process.ipynb #6c1fe409
+# %% ../../nbs/measuring/process.ipynb #a05a54fb
 def _main(call: str) -> None:
     "In the process: calls the function and prints the answer, as the last line."
     module, name, arguments, options = json.loads(call)
@@ -106,7 +106,13 @@ def _main(call: str) -> None:
     print("\n" + json.dumps(answer))
 
 
-_PROGRAM = "import sys; from asyproxy.measuring.process import _main; _main(sys.argv[1])"
+_PROGRAM = """
+import sys
+from asyproxy.children import follow_parent
+follow_parent()
+from asyproxy.measuring.process import _main
+_main(sys.argv[1])
+"""
 
 # %% ../../nbs/measuring/process.ipynb #115b7531
 def measure(

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['EmbeddingDatabase', 'build_database', 'search', 'query_image', 'example_answers']
 
-# %% ../../nbs/retrieval/database.ipynb #3d7a2b32
+# %% ../../nbs/retrieval/database.ipynb #87cf576b
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +18,18 @@ from ..data import ImageData, ImageSet, read_image, transform
 from ..files import load_tensors, save_tensors
 from ..model import EmbeddingModel, embed
 
-# %% ../../nbs/retrieval/database.ipynb #4d6900fe
+# %% ../../nbs/retrieval/database.ipynb #b686e492
 def _check_file(path: str | Path, tensors: dict, metadata: dict):
     "Raises ValueError where a file holds no database."
-    if set(tensors) != {"embeddings", "labels", "rows"} or set(metadata) != {"class_names", "data_name"}:
+    about = {"class_names", "data_name"}
+    if set(tensors) != {"embeddings", "labels", "rows"} or not about <= set(metadata) <= about | {"fingerprint"}:
         raise ValueError("expected a database of EmbeddingDatabase.save, "
                          f"got {path} with the tensors {', '.join(sorted(tensors))}")
+    if "fingerprint" not in metadata:
+        warnings.warn(f"{path} was written before databases kept the fingerprint of their images: when it is asked, "
+                      "labels and class names are compared, but not the images. build_database makes it again")
 
-# %% ../../nbs/retrieval/database.ipynb #abbf584e
+# %% ../../nbs/retrieval/database.ipynb #fd9fe0ad
 @dataclass(frozen=True)
 class EmbeddingDatabase:
     "Embedded images that can be searched; `save` and `load` keep it as safetensors."
@@ -33,13 +38,15 @@ class EmbeddingDatabase:
     rows: torch.Tensor  # (N,), int64, of the images in the table
     class_names: list[str]  # (N,)
     data_name: str  # the data set that the images are of
+    fingerprint: str = ""  # of that data set, sha256 of `ImageData.fingerprint`; "": not known
 
     def save(
         self,
         path: str | Path,  # where the file shall be, *.safetensors
     ):
         tensors = {"embeddings": self.embeddings, "labels": self.labels, "rows": self.rows}
-        save_tensors(path, tensors, {"class_names": self.class_names, "data_name": self.data_name})
+        about = {name: getattr(self, name) for name in ("class_names", "data_name", "fingerprint")}
+        save_tensors(path, tensors, about)
 
     @classmethod
     def load(
@@ -54,47 +61,77 @@ class EmbeddingDatabase:
     def __len__(self):
         return len(self.rows)
 
-# %% ../../nbs/retrieval/database.ipynb #69451970
+# %% ../../nbs/retrieval/database.ipynb #b2ce5cde
+def _check_finite(embeddings: torch.Tensor, what: str):
+    "Raises ValueError on NaN and infinity."
+    wrong = (~embeddings.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
+    if wrong:
+        raise ValueError(f"expected finite {what}, got NaN or infinity in {len(wrong)} of {len(embeddings)} rows, "
+                         f"the first is row {wrong[0]}: the training may have diverged")
+
+# %% ../../nbs/retrieval/database.ipynb #6a10d48c
 def build_database(
     model: EmbeddingModel,  # trained or not
     data: ImageData,  # any data set
-    split: str = "test",  # which images can be found
+    split: str | np.ndarray = "test",  # which images can be found; or a boolean mask over the table
     *,
     num_workers: int = 0,  # processes that read images
 ) -> EmbeddingDatabase:
-    "Embeds a split of a data set."
+    "Embeds a split of a data set. Raises ValueError where the model gives NaN or infinity."
     images = ImageSet(data, split)
     embeddings, targets = embed(model, images, num_workers=num_workers)
-    labels = torch.as_tensor(images.classes)[targets]
+    _check_finite(embeddings, "embeddings from the model")
+    labels, rows = torch.as_tensor(images.classes)[targets], torch.as_tensor(images.rows)
     names = data.table["class_name"].iloc[images.rows].tolist()
-    return EmbeddingDatabase(F.normalize(embeddings), labels, torch.as_tensor(images.rows), names, data.name)
+    return EmbeddingDatabase(F.normalize(embeddings), labels, rows, names, data.name, data.fingerprint()["sha256"])
 
-# %% ../../nbs/retrieval/database.ipynb #83986474
+# %% ../../nbs/retrieval/database.ipynb #354380b3
 def _check_search(database: EmbeddingDatabase, queries: torch.Tensor, retrieval_num: int, available: int):
-    "Raises ValueError on queries of another shape, or more answers than `available` images."
+    "Raises ValueError on queries of another shape or not finite, or more answers than `available` images."
     if queries.ndim != 2 or queries.shape[1] != database.embeddings.shape[1]:
         raise ValueError(f"expected queries of shape (Q, {database.embeddings.shape[1]}), got {tuple(queries.shape)}")
+    _check_finite(queries, "queries")
     if not 1 <= retrieval_num <= available:
         raise ValueError(f"expected retrieval_num in 1 ... {available}, the images that can be found, "
                          f"got {retrieval_num}")
 
-# %% ../../nbs/retrieval/database.ipynb #78552a7c
+# %% ../../nbs/retrieval/database.ipynb #2846a896
 def search(
     database: EmbeddingDatabase,  # N images
     queries: torch.Tensor,  # (Q, D), rows of any length but 0
     retrieval_num: int = 8,  # K
     *,
-    exclude: torch.Tensor | None = None,  # (Q,), position in the database that each query may not find
+    exclude: torch.Tensor | None = None,  # (Q, N), bool: the images that each query may not find
 ) -> tuple[torch.Tensor, torch.Tensor]:  # cosines (Q, K), descending, and positions in the database (Q, K)
     "Raises ValueError on a wrong dimension, or where the database holds fewer than K images."
-    _check_search(database, queries, retrieval_num, len(database) - (exclude is not None))
+    excluded = 0 if exclude is None else int(exclude.sum(dim=1).max())
+    _check_search(database, queries, retrieval_num, len(database) - excluded)
     similarities_QN = F.normalize(queries.float()) @ database.embeddings.T
     if exclude is not None:
-        similarities_QN.scatter_(1, exclude[:, None], -torch.inf)
+        similarities_QN.masked_fill_(exclude, -torch.inf)
     similarities_QN, order_QN = similarities_QN.sort(dim=1, descending=True, stable=True)
     return similarities_QN[:, :retrieval_num], order_QN[:, :retrieval_num]
 
-# %% ../../nbs/retrieval/database.ipynb #a94d9388
+# %% ../../nbs/retrieval/database.ipynb #1af44b35
+def _agrees(database: EmbeddingDatabase, data: ImageData) -> bool:
+    "Whether a table says of the rows of a database what the database says."
+    if len(database) and not 0 <= database.rows.min() <= database.rows.max() < len(data.table):
+        return False
+    rows = data.table.iloc[database.rows.numpy()]
+    return rows["label"].tolist() == database.labels.tolist() and rows["class_name"].tolist() == database.class_names
+
+
+def _check_data(database: EmbeddingDatabase, data: ImageData):
+    "Raises ValueError where a data set is not the one of a database."
+    if data.name != database.data_name:
+        raise ValueError(f"expected the data set of the database, {database.data_name}, got {data.name}")
+    fingerprint = data.fingerprint()["sha256"]
+    if database.fingerprint not in ("", fingerprint) or not _agrees(database, data):
+        raise ValueError(f"expected the images of {data.name} that the database was built of "
+                         f"(fingerprint {database.fingerprint[:16] or 'not known'}), got others ({fingerprint[:16]}): "
+                         "images, classes or splits have changed since; build_database makes it again")
+
+# %% ../../nbs/retrieval/database.ipynb #93b6135c
 def query_image(
     path: str | Path,  # any image file
     model: EmbeddingModel,  # the one that the database was built with
@@ -102,9 +139,10 @@ def query_image(
     data: ImageData,  # the data set of the database: how an image is cropped
     retrieval_num: int = 8,  # K
 ) -> tuple[torch.Tensor, torch.Tensor]:  # cosines (K,) and positions in the database (K,)
-    "The K most similar images of a database. Raises FileNotFoundError, or ValueError where the file is no image."
-    if data.name != database.data_name:
-        raise ValueError(f"expected the data set of the database, {database.data_name}, got {data.name}")
+    """The K most similar images of a database.
+
+    Raises FileNotFoundError, or ValueError where the file is no image, or the data set not that of the database."""
+    _check_data(database, data)
     image = transform(data, train=False)(read_image(path))
     embedding, _ = embed(model, [(image, 0)])
     similarities, order = search(database, embedding, retrieval_num)
@@ -135,7 +173,7 @@ def _drawn_answers(
     label = data.table["label"][row]
     return [(_picture(data, int(database.rows[i])), bool(database.labels[i] == label)) for i in positions]
 
-# %% ../../nbs/retrieval/database.ipynb #c6bafc31
+# %% ../../nbs/retrieval/database.ipynb #e96347a8
 def example_answers(
     model: EmbeddingModel,  # the one that the database was built with
     data: ImageData,  # the data set of the database and the queries
@@ -144,12 +182,14 @@ def example_answers(
     *,
     retrieval_num: int = 8,  # answers to a query, or as many as there are
     count: int = 8,  # queries, or as many as there are classes
-    leave_out_query: bool = True,  # the queries are the images of the database: none is its own answer
+    leave_out_query: bool = True,  # no query is its own answer, nor is another box of its photograph
 ) -> list[tuple]:  # (image, class name, [(image, is of the query's class)]) with images (H, W, 3)
-    "What a database answers to a few queries, for `figures.retrieval_gallery`."
+    "What a database answers to a few queries, for `figures.retrieval_gallery`. Raises ValueError on other images."
+    _check_data(database, data)
     chosen = _spread_queries(queries.targets, count)
     embeddings, _ = embed(model, [queries[i] for i in chosen])
-    _, answers_QK = search(database, embeddings, min(retrieval_num, len(database) - leave_out_query),
-                           exclude=torch.as_tensor(chosen) if leave_out_query else None)
+    itself = torch.as_tensor(queries.photos[chosen, None] == data.photos[database.rows]) & leave_out_query
+    available = len(database) - int(itself.sum(dim=1).max())
+    _, answers_QK = search(database, embeddings, min(retrieval_num, available), exclude=itself)
     return [(_picture(data, row), data.table["class_name"][row], _drawn_answers(data, database, row, positions))
             for row, positions in zip(queries.rows[chosen], answers_QK)]

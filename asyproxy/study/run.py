@@ -5,17 +5,22 @@
 # %% auto #0
 __all__ = ['find_notebook', 'notebook_parameters', 'run']
 
-# %% ../../nbs/study/run.ipynb #6ecd133d
+# %% ../../nbs/study/run.ipynb #4ca7fc36
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from ..experiment import Parameter, cell_values, checked, hint, run_id
+from asyproxy.experiment import (
+    Experiment, Parameter, cell_values, checked, hint, located, parameters, published, run_id,
+)
+from .environment import checkout, output_folder
 from .parameters import described
-from .record import checkout, places
+from .record import images_of, owned, places, read_record
 
-# %% ../../nbs/study/run.ipynb #42f77852
+# %% ../../nbs/study/run.ipynb #5f0e48e8
 def find_notebook(
     notebook: str | Path,  # a path, or the name of a notebook in nbs/studies
 ) -> Path:
@@ -24,8 +29,9 @@ def find_notebook(
     for path in (Path(notebook), named):
         if path.suffix == ".ipynb" and path.is_file():
             return path.resolve()
-    known = ", ".join(sorted(path.stem for path in named.parent.glob("*.ipynb"))) or "none here"
-    raise FileNotFoundError(f"expected a notebook file, or one of the studies ({known}), got {notebook}")
+    known = ", ".join(sorted(path.stem for path in named.parent.glob("*.ipynb"))) or "none"
+    raise FileNotFoundError(f"expected a notebook file, or one of the studies in {named.parent} ({known}), "
+                            f"got {notebook}: give its path, or the command in a checkout")
 
 # %% ../../nbs/study/run.ipynb #a280dcf8
 def _defaults(path: Path) -> dict:
@@ -50,15 +56,7 @@ def _known(path: Path, names: list[str], given: dict) -> dict[str, Parameter]:
                          "which the record would leave out: describe it in asyproxy.study.parameters")
     return known
 
-# %% ../../nbs/study/run.ipynb #e08f2d0f
-def _located(parameter: Parameter, value):
-    "A path that holds everywhere, where there is a file or folder of that name."
-    if not parameter.path or not str(value):
-        return value
-    path = Path(str(value)).expanduser()
-    return str(path.resolve()) if path.exists() else value
-
-
+# %% ../../nbs/study/run.ipynb #135397bc
 def notebook_parameters(
     path: Path,  # of a notebook
     given: dict,  # parameter -> value, or its text; the others have the notebook's default
@@ -66,66 +64,116 @@ def notebook_parameters(
     "Every parameter that a notebook runs with. Raises ValueError that lists everything that is wrong."
     defaults = _defaults(path)
     known = _known(path, list(defaults), given)
-    values = {name: _located(known[name], value) for name, value in (defaults | given).items()}
-    return known, checked(known, values)
+    values = checked(known, defaults | given)
+    return known, {name: located(known[name], value) for name, value in values.items()}
 
-# %% ../../nbs/study/run.ipynb #f826e2f8
-def _escaped(path: Path) -> str:
-    "papermill takes paths for format strings."
-    return str(path).replace("{", "{{").replace("}", "}}")
+# %% ../../nbs/study/run.ipynb #cd2836bc
+def _fingerprint(known: dict[str, Parameter], values: dict) -> str:
+    "Of the images of a run; empty where there are none. Raises ValueError on what would fail later."
+    if "device" in known:
+        from asyproxy.training import pick_device
 
+        pick_device(values["device"])
+    data = images_of(known, {**values, "cache": False})
+    if data and parameters(Experiment).keys() <= known.keys():
+        from asyproxy.training import check_experiment
 
-def _command(path: Path, executed: Path, values: dict) -> list[str]:
-    "What runs a notebook."
-    command = [sys.executable, "-m", "papermill", _escaped(path), _escaped(executed), "-k", "python3",
-               "--cwd", str(path.parent), "--log-output", "--no-progress-bar"]
-    for name, value in values.items():
-        command += ["-r" if isinstance(value, str) else "-p", name, str(value)]
-    return command
+        check_experiment(Experiment(**{name: values[name] for name in parameters(Experiment)}), data)
+    return data.fingerprint()["sha256"] if data else ""
 
-# %% ../../nbs/study/run.ipynb #f0bca8d0
+# %% ../../nbs/study/run.ipynb #3e175178
+def _surroundings(folder: Path, path: Path, draw: bool) -> dict[str, str]:
+    "The environment of the process that runs the notebook."
+    own = {"ASYPROXY_OUTPUT": str(output_folder(near=path.parent)), "ASYPROXY_DRAW": "1" if draw else ""}
+    if cache := os.environ.get("ASYPROXY_CACHE"):
+        own["ASYPROXY_CACHE"] = str(Path(cache).expanduser().absolute())
+    return os.environ | own | {"IPYTHONDIR": str(folder / ".jupyter"), "JUPYTER_RUNTIME_DIR": str(folder / ".jupyter")}
+
+# %% ../../nbs/study/run.ipynb #bff33431
 _NOISE = ("Input Notebook:", "Output Notebook:", "Working directory:", "Executing ", "Ending Cell", "<Figure size",
-          "[IPKernelApp]")
+          "[IPKernelApp]", "Kernel died", "Unable to parse line")
 
 
-def _execute(command: list[str], log: Path) -> int:
-    "The exit code of a command; what it says goes to a file, and what is of interest is printed."
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace", "bufsize": 1}
-    with open(log, "w") as file, subprocess.Popen(command, **options) as process:
+def _show(process: subprocess.Popen, log: Path) -> str:
+    "The last line of a process; what it says goes to a file, and what is of interest is printed."
+    last = ""
+    with open(log, "w", encoding="utf-8") as file:
         for line in process.stdout:
             file.write(line)
-            if line.strip() and not line.startswith(_NOISE) and " 0/" not in line:
-                print("  " + line.rstrip(), flush=True)
-    return process.returncode
+            if last.strip() and not last.startswith(_NOISE) and " 0/" not in last:
+                print("  " + last.rstrip(), flush=True)
+            last = line
+    return last.strip()
 
-# %% ../../nbs/study/run.ipynb #a65ef527
-def _reason(executed: Path, code: int) -> str:
-    "Why a run has no record."
+
+def _execute(job: list, log: Path, environment: dict[str, str]) -> str:
+    "Runs a notebook and says why it stopped. If this process is interrupted, it ends all that it started."
+    command = [sys.executable, "-m", "asyproxy.study.execute", json.dumps(job)]
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    text = {"text": True, "encoding": "utf-8", "errors": "replace", "bufsize": 1}
+    with subprocess.Popen(command, env=environment, start_new_session=True, **streams, **text) as process:
+        try:
+            last = _show(process, log)
+        except BaseException:
+            process.stdin.close()
+            process.stdout.read()  # until the last of them is gone
+            raise
+    return last if process.returncode else ""
+
+# %% ../../nbs/study/run.ipynb #d6764435
+def _stamp(record: Path):
+    "Tells a record from one that took its place."
+    return (record.stat().st_ino, record.stat().st_mtime_ns) if record.exists() else None
+
+
+def _settle(folder: Path, *files: Path):
+    "Moves what was made again to the place of what was there."
+    if folder.name == "again":
+        for file in files:
+            file.replace(folder.parent / file.name)
+        shutil.rmtree(folder)
+
+# %% ../../nbs/study/run.ipynb #3d4c0195
+def _run(path: Path, values: dict, folder: Path, record: Path, draw: bool) -> dict:
+    "Runs a notebook that this process owns."
+    stem, before = "drawn" if draw else path.stem, _stamp(record)
+    executed, log = folder / f"{stem}.ipynb", folder / f"{stem}.txt"
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        for cell in json.loads(executed.read_text())["cells"]:
-            for output in cell.get("outputs", ()):
-                if output["output_type"] == "error":
-                    return f"{output['ename']}: {output['evalue']}"
-    except (OSError, ValueError, KeyError):
-        pass
-    return f"papermill ended with code {code}" if code else "it wrote no record"
+        job = [str(path), str(executed), values]
+        reason = _execute(job, log, _surroundings(folder, path, draw))
+    finally:
+        shutil.rmtree(folder / ".jupyter", ignore_errors=True)
+    if draw and reason or not draw and _stamp(record) == before:
+        raise RuntimeError(f"{record.stem} failed: {reason or 'it wrote no record'}. See {executed} and {log}")
+    _settle(folder, executed, log)
+    result = read_record(record)
+    if reason:
+        print(f"{record.stem}: the record is complete, but not all of it was drawn: {reason}. "
+              "The same command with --draw draws again.", flush=True)
+    return result
 
-# %% ../../nbs/study/run.ipynb #3db9d95c
+
 def run(
     notebook: str | Path,  # a path, or the name of a study
     parameters: dict | None = None,  # what differs from the notebook's defaults
+    *,
+    draw: bool = False,  # only draw what its record says, without training
 ) -> dict:  # the record
     "Raises FileNotFoundError or ValueError before any work, RuntimeError where the notebook fails."
     path = find_notebook(notebook)
     known, values = notebook_parameters(path, parameters or {})
-    identity = run_id(path.stem, known, values)
-    folder, record = places(identity)
-    folder.mkdir(parents=True, exist_ok=True)
-    print(f"{identity} ...", flush=True)
-    executed, log = folder / path.name, folder / "log.txt"
-    code = _execute(_command(path, executed, {name: values[name] for name in parameters or {}}), log)
-    if code or not record.exists():
-        raise RuntimeError(f"{identity} failed: {_reason(executed, code)}. See {executed} and {log}")
-    result = json.loads(record.read_text())
+    identity = run_id(path.stem, known, values, _fingerprint(known, values))
+    folder, record = places(identity, published(known, values), near=path.parent)
+    if draw and "run.results" not in path.read_text(encoding="utf-8"):
+        raise ValueError(f"expected a notebook that can draw its record again, {path.name} measures while it draws")
+    if draw and not record.exists():
+        raise ValueError(f"expected a run that is complete, to draw it again, found no record {record}")
+    whole = folder.parent if folder.name == "again" else folder
+    owned(whole, "notebook").release()
+    with owned(whole, "command"):
+        print(f"{identity} ...", flush=True)
+        given = {name: values[name] for name in parameters or {}}
+        result = _run(path, given, whole if draw else folder, record, draw)
     print(f"{identity}: {result['seconds']:.0f} s", flush=True)
     return result

@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['launch']
 
-# %% ../../nbs/training/launch.ipynb #a8263410
+# %% ../../nbs/training/launch.ipynb #e4e192bd
 import os
 import socket
 import subprocess
 import sys
 from collections import deque
+
+from ..children import guarded
 
 # %% ../../nbs/training/launch.ipynb #e9971516
 def _meeting_point() -> str:
@@ -27,7 +29,7 @@ def _srun(nodes: int) -> list[str]:
         command.append(f"--cpus-per-task={os.environ['SLURM_CPUS_PER_TASK']}")
     return command
 
-# %% ../../nbs/training/launch.ipynb #5dc5cfdc
+# %% ../../nbs/training/launch.ipynb #13f7209b
 def _torchrun(devices: int) -> list[str]:
     "The command up to the module. Raises ValueError where the devices don't divide among the nodes."
     nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
@@ -36,7 +38,7 @@ def _torchrun(devices: int) -> list[str]:
                          f"got {devices} in all")
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={devices // nodes}"]
     if nodes == 1:
-        return [*torchrun, "--standalone", "-m"]
+        return [*torchrun, "--standalone", "--local-addr=127.0.0.1", "-m"]
     meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={_meeting_point()}", f"--rdzv-id={os.environ['SLURM_JOB_ID']}"]
     return [*_srun(nodes), *torchrun, f"--nnodes={nodes}", *meeting, "-m"]
 
@@ -51,7 +53,7 @@ def _first_error(lines: deque[str]) -> str:
             return next((text for text in texts if text and not text.startswith((" ", "Traceback"))), line)
     return lines[-1] if lines else "it said nothing"
 
-# %% ../../nbs/training/launch.ipynb #75ebf024
+# %% ../../nbs/training/launch.ipynb #dee22259
 def _print_lines(process: subprocess.Popen) -> deque[str]:
     "Prints what a process writes, and gives the last lines of it. Ends the process if it is interrupted."
     lines = deque(maxlen=400)
@@ -60,11 +62,11 @@ def _print_lines(process: subprocess.Popen) -> deque[str]:
             lines.append(line.rstrip())
             print(line, end="", flush=True)
     except BaseException:
-        process.terminate()
+        process.stdin.close()
         raise
     return lines
 
-# %% ../../nbs/training/launch.ipynb #d63fa146
+# %% ../../nbs/training/launch.ipynb #0b311384
 def launch(
     devices: int,  # processes, on all machines together
     module: str,  # such as asyproxy.training.protocol
@@ -74,8 +76,9 @@ def launch(
 
     Raises RuntimeError with the error of the first that fails."""
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // devices))} | os.environ
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    with subprocess.Popen([*_torchrun(devices), module, *arguments], env=environment, **options) as process:
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    command = guarded([*_torchrun(devices), module, *arguments])
+    with subprocess.Popen(command, env=environment, text=True, errors="replace", **streams) as process:
         lines = _print_lines(process)
     if process.returncode:
         raise RuntimeError(f"one of {devices} processes failed: {_first_error(lines)}")

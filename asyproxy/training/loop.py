@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['best_epoch', 'Step', 'take_step', 'train']
 
-# %% ../../nbs/training/loop.ipynb #7716b73d
+# %% ../../nbs/training/loop.ipynb #75b174c3
 import math
 import sys
 import warnings
@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..children import follow_parent
 from ..evaluation.collapse import collapse_signs, geometry
 from ..model import EmbeddingModel, save_model
 from ..processes import share, sum_over_processes, world
@@ -87,7 +88,7 @@ def _shared(step: Step, device: torch.device) -> nn.Module:
         warnings.simplefilter("ignore", FutureWarning)  # the newest torch has another name for broadcast_buffers
         return DistributedDataParallel(step, device_ids=devices, broadcast_buffers=False)
 
-# %% ../../nbs/training/loop.ipynb #de337da4
+# %% ../../nbs/training/loop.ipynb #3590fa4e
 def _batches(
     images: Dataset, batch_size: int, num_workers: int, device: torch.device,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
@@ -95,7 +96,8 @@ def _batches(
     batches = torch.randperm(len(images)).split(batch_size)
     shares = [batch[share(len(batch))] for batch in batches]
     rows = [own.tolist() or batch[:1].tolist() for own, batch in zip(shares, batches)]  # a loader gives no empty batch
-    loader = DataLoader(images, batch_sampler=rows, num_workers=num_workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(images, batch_sampler=rows, num_workers=num_workers, pin_memory=device.type == "cuda",
+                        worker_init_fn=follow_parent)
     for (pixels, labels), own, batch in zip(loader, shares, batches):
         pixels, labels = (part[:len(own)].to(device, non_blocking=True) for part in (pixels, labels))
         yield pixels, labels, len(batch)
@@ -215,7 +217,7 @@ def _epochs_left(history: list[dict], num_epochs: int, stop_on_collapse: bool) -
             return
         yield len(history) + 1
 
-# %% ../../nbs/training/loop.ipynb #6b532284
+# %% ../../nbs/training/loop.ipynb #1ade229c
 def _judge(model: nn.Module, entry: dict, validate: Callable | None, select: str | None, floor: float | None):
     "Adds validation and signs of a collapse to the entry of an epoch."
     entry["validation"] = validate(model) if validate else {}
@@ -227,9 +229,10 @@ def _judge(model: nn.Module, entry: dict, validate: Callable | None, select: str
 
 def _keep(folder: str | Path, state: TrainingState, select: str | None, settings: dict):
     "Writes the best model, if it is this one, and the checkpoint."
-    if best_epoch(state.history, select) == state.history[-1]["epoch"]:
+    best = best_epoch(state.history, select)
+    if best == state.history[-1]["epoch"]:
         save_model(state.model, Path(folder, "best.safetensors"))
-    save_checkpoint(folder, state, settings)
+    save_checkpoint(folder, state, settings, best)
 
 # %% ../../nbs/training/loop.ipynb #a1d81fe1
 def _bar(epoch: int, images: int, plan: _Plan, shown: bool) -> tqdm:
