@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OFFICIAL_ARE', 'OF_PAPERS', 'load_data', 'describe']
 
-# %% ../../nbs/data/prepare.ipynb #30506ce1
+# %% ../../nbs/data/prepare.ipynb #45410432
 import os
 import shlex
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from .forms import find
 from .lists import Found, shown
 from .scan import keep_table, kept_table, problems_path, scan, table_paths
 from .sources import ImageFiles
+from .splits import test_rows
 from .table import BOX, SPLITS, ImageData
 from ..experiment import Experiment, Images, numbers, parameters
 from ..text import one_line, shortened
@@ -231,31 +232,38 @@ def _state(about: dict, official: dict[str, tuple[int, int]]) -> str:
     otherwise = "the counts are not the official ones" if official else "not the official files"
     return f"NOT complete, which was allowed: {'; '.join(wrong) or otherwise}"
 
-# %% ../../nbs/data/prepare.ipynb #5b0ca85d
+# %% ../../nbs/data/prepare.ipynb #920cf1df
 def _validation(data: ImageData) -> float:
     "A share of the training classes that can choose the epoch, whatever the seed; 0: there is none."
-    images = data.table.loc[data.table["split"] == "train", "label"].value_counts()
-    fewest = max(2, (images == 1).sum() + 1)  # so that one of the classes holds two images
+    photos = data.table.assign(photo=data.photos)[data.table["split"] == "train"].groupby("label")["photo"].nunique()
+    fewest = max(2, (photos == 1).sum() + 1)  # so that one of the classes holds two photographs
     for share in (Experiment.validation, 0.2, 0.3):
-        if fewest <= round(share * len(images)) <= len(images) - 2:  # as `hold_out_classes` counts
+        if fewest <= round(share * len(photos)) <= len(photos) - 2:  # as `hold_out_classes` counts
             return share
     return 0.0
 
-# %% ../../nbs/data/prepare.ipynb #c00c3dfe
+# %% ../../nbs/data/prepare.ipynb #848f5e61
 def _recalls(data: ImageData, usual: str) -> str:
     "Each K of the usual ones that the test can give."
-    splits = data.table["split"]
-    searched = (splits == "gallery").sum() if "gallery" in set(splits) else (splits == "test").sum() - 1
+    queries, gallery = test_rows(data.table)
+    searched = gallery.sum() - (queries == gallery).all()
     return ",".join(str(k) for k in numbers(usual) if k <= searched)
 
-# %% ../../nbs/data/prepare.ipynb #ca07d01c
+# %% ../../nbs/data/prepare.ipynb #eebb0a27
+def _has_answer(data: ImageData) -> bool:
+    "Whether any query has an image of its class, and of another photograph, to be found."
+    items, (queries, gallery) = data.table[["label"]].assign(photo=data.photos), test_rows(data.table)
+    found = items[gallery].groupby("label")["photo"].agg(["min", "max"])  # one photograph, or two of many
+    asked = items[queries].join(found, on="label", how="inner")
+    return bool(((asked["photo"] != asked["min"]) | (asked["photo"] != asked["max"])).any())
+
+
 def _obstacle(data: ImageData) -> str:
     "Why no study can run on the images; empty where one can."
-    labels = {split: rows.value_counts() for split, rows in data.table.groupby("split")["label"]}
-    if len(labels["train"]) < 2:
-        return "training takes two classes or more, there is one: add some, or let fewer of them test (--test_classes)"
-    queries = set(labels["query"].index if "query" in labels else labels["test"].index[labels["test"] > 1])
-    if not queries & set(labels["gallery"].index if "gallery" in labels else queries):
+    classes = data.table.loc[data.table["split"] == "train", "label"].nunique()
+    if classes < 2:
+        return f"training takes two classes or more, there are {classes}: add some, or let fewer of them test"
+    if not _has_answer(data):
         return "no image of the test can be found by another one of its class: add images to its classes"
     return ""
 
