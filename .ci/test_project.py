@@ -93,7 +93,7 @@ def test_parameters_are_those_of_the_dataclass(path):
 # Imports go one way.
 
 STREAM = (  # a wing imports from the lines above its own, and from no other wing in its line
-    ("files", "experiment", "text", "uncertainty"),
+    ("files", "experiment", "uncertainty", "children", "text"),
     ("processes",),
     ("data", "model", "loss", "evaluation"),
     ("retrieval",),

@@ -270,7 +270,7 @@ class Experiment(Model):
     num_workers: int = parameter(0, "processes that read images", within="[0, inf)", identity=False, result=False)
     retrieval_num: int = parameter(8, "answers shown for a query", within="[1, inf)", identity=False, result=False)
 
-# %% ../nbs/experiment.ipynb #67c71d47
+# %% ../nbs/experiment.ipynb #77ac6899
 def located(
     parameter: Parameter,  # what is known of it
     value,  # as it was given
@@ -280,7 +280,7 @@ def located(
     if not parameter.path or not text or text in (*parameter.words, parameter.default):
         return value
     try:
-        path = Path(text).expanduser()
+        path = Path(text) if Path(text).exists() else Path(text).expanduser()  # a folder may be called ~backup
         return str(path.resolve()) if path.exists() else value
     except (OSError, RuntimeError, ValueError):  # too long, no such user, a null character
         return value

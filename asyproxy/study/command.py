@@ -65,12 +65,12 @@ def _prepare(images: Images):
             options += ["-p", name, shlex.quote(value)]
     print(describe(data, images.data_path, " ".join(options)))
 
-# %% ../../nbs/study/command.ipynb #2818f11e
+# %% ../../nbs/study/command.ipynb #d0469a04
 def _report():
     "Runs the report, and prints the short table and where the figures are."
     run("report")
     folder = output_folder("figures")
-    print("\n" + (folder / "report" / "summary.md").read_text() + "\nFigures (each as PDF and PNG):")
+    print("\n" + (folder / "report" / "summary.md").read_text(encoding="utf-8") + "\nFigures (each as PDF and PNG):")
     for path in sorted(folder.glob("*/*.png")) + sorted(folder.glob("*/*.gif")):
         print(f"  {path.relative_to(folder.parent)}")
 
@@ -138,12 +138,12 @@ def main(
         return 128 + number
     return 0
 
-# %% ../../nbs/study/command.ipynb #9465cd38
+# %% ../../nbs/study/command.ipynb #8c2ed1b8
 def console():
     "The console command `asyproxy`."
     _listen()
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")
+        stream.reconfigure(errors="backslashreplace")
     code = main(sys.argv[1:])
     sys.stdout.flush()
     os._exit(code)  # torch takes seconds to be taken down
