@@ -226,16 +226,17 @@ def _state(about: dict, official: dict[str, tuple[int, int]]) -> str:
     otherwise = "the counts are not the official ones" if official else "not the official files"
     return f"NOT complete, which was allowed: {'; '.join(wrong) or otherwise}"
 
-# %% ../../nbs/data/prepare.ipynb #17a585ed
+# %% ../../nbs/data/prepare.ipynb #a8770ee0
 OF_PAPERS = {"backbone_type": "resnet50", "batch_size": 128, "num_epochs": 30}  # on every benchmark
 
 
 def _command(data: ImageData, entry: DataSet, data_path: str, options: str) -> str:
-    "Of the study that the data set is for."
-    words = [f"asyproxy run {entry.study} -p data_name {data.name}"]
+    "Of the study that the data set is for, or of the evaluation where nothing trains."
+    trains = "train" in set(data.table["split"])
+    words = [f"asyproxy run {entry.study if trains else 'evaluate'} -p data_name {data.name}"]
     if data_path:
         words.append(f"-p data_path {shlex.quote(str(data_path))}")
-    if entry.protocol:
+    if entry.protocol and trains:
         words += [f"-p {name} {value}" for name, value in {**OF_PAPERS, **entry.protocol}.items()]
     return " ".join([*words, options] if options else words)
 
