@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['build_cache']
 
-# %% ../../nbs/data/cache.ipynb #a0bf5c56
+# %% ../../nbs/data/cache.ipynb #8db2ca41
+import glob
 import hashlib
 import os
 import shutil
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -78,13 +80,37 @@ def _write(data: ImageData, row: int, path: Path, offset: int, size: tuple[int, 
         file.write(pixels)
     return checksum(pixels)
 
-# %% ../../nbs/data/cache.ipynb #18d7fb93
-def _make_room(path: Path, needed: int, name: str):
-    "Raises OSError where the disk has not the `needed` bytes for the images of a data set of that name."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for old in path.parent.glob(f".*-{path.name}"):
-        if time.time() - old.stat().st_mtime > 86_400:
+# %% ../../nbs/data/cache.ipynb #db3cfdca
+def _lives(process: str) -> bool:
+    "Whether there is a process of that number on this machine; where that can't be asked, there may be."
+    try:
+        if os.name == "posix":
+            os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError, OverflowError):
+        pass
+    return True
+
+
+def _remove_unfinished(path: Path):
+    "What killed builds of a cache have left."
+    for old in path.parent.glob(f".*-{glob.escape(path.name)}"):
+        process = old.name[1:].partition("-")[0]
+        if time.time() - old.stat().st_mtime > 86_400 and not _lives(process):
             old.unlink(missing_ok=True)
+
+# %% ../../nbs/data/cache.ipynb #0469a9ca
+def _make_room(path: Path, needed: int, name: str):
+    "Raises OSError where the folder cannot take the `needed` bytes of the images of a data set of that name."
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise OSError(f"expected a folder for the decoded images of {name} that can be written to, got {path.parent} "
+                      f"({error.strerror or error}): set the environment variable ASYPROXY_CACHE to one that can be, "
+                      "or do without the cache") from error
+    _remove_unfinished(path)
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise OSError(f"expected {needed / 1e9:.2f} GB of free disk for the decoded images of {name}, "
@@ -106,12 +132,12 @@ def _build(data: ImageData, cache: DecodedCache, threads: int):
     index = {name: torch.as_tensor(values) for name, values in index.items()}
     save_tensors(cache.index_path, index, {"data": data.name, "images": len(stored)})
 
-# %% ../../nbs/data/cache.ipynb #73463c07
+# %% ../../nbs/data/cache.ipynb #2f45a252
 def _is_whole(cache: DecodedCache) -> bool:
     "Whether both files are there and belong together."
     try:
         cache.opened
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return False
     return True
 

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['FACES', 'GLYPHS_SHA256', 'GLYPHS', 'letters', 'draw_glyph', 'load_glyphs']
 
-# %% ../../nbs/data/glyphs.ipynb #8da683c1
+# %% ../../nbs/data/glyphs.ipynb #4c3818ad
 import importlib.util
 import unicodedata
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def draw_glyph(
     blended = (colours[0] * alpha + colours[1] * (255 - alpha) + 127) // 255
     return (blended + noise).clip(0, 255).astype(np.uint8)
 
-# %% ../../nbs/data/glyphs.ipynb #b96752aa
+# %% ../../nbs/data/glyphs.ipynb #7c4e098c
 def _draw(drawn: list[str]) -> torch.Tensor:
     "All letters in all faces: (letters x faces, 64, 64, 3), uint8; each drawing has a seed of its own."
     images = [draw_glyph(letter, face, np.random.default_rng([ord(letter), i]))
@@ -102,11 +103,15 @@ def _drawn_before(path: Path, drawn: list[str]) -> torch.Tensor:
                 f"fonts of matplotlib {version('matplotlib')}")
     try:
         tensors, metadata = load_tensors(path)
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         tensors, metadata = {}, {}
     if metadata.get("versions") != versions:
         tensors = {"pixels": _draw(drawn)}
-        save_tensors(path, tensors, {"versions": versions})
+        try:
+            save_tensors(path, tensors, {"versions": versions})
+        except OSError as error:
+            warnings.warn(f"the glyphs are drawn each time, as {path} cannot be written ({error.strerror or error}): "
+                          "set ASYPROXY_CACHE to a folder that can be")
     return tensors["pixels"]
 
 # %% ../../nbs/data/glyphs.ipynb #ce155cf6

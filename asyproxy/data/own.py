@@ -168,15 +168,15 @@ def _listed(order: list[str], names: list[str]) -> list[str]:
                          f"such as {unknown[0]}; classes are {few(order)}")
     return list(dict.fromkeys(chosen))
 
-# %% ../../nbs/data/own.ipynb #5434a0d2
+# %% ../../nbs/data/own.ipynb #e38e36cb
 def _drawn(order: list[str], fraction: float, split_seed: int) -> list[str]:
     "Classes in an order by chance. Raises ValueError on anything but a fraction."
-    if not 0 < fraction < 1:
-        raise ValueError("expected test_classes to be a share in (0, 1), or a file with a class a line, "
+    if not 0 < fraction <= 1:
+        raise ValueError("expected test_classes to be a share in (0, 1], or a file with a class a line, "
                          f"got {fraction}")
     return np.random.default_rng(split_seed).permutation(order)[: round(fraction * len(order))].tolist()
 
-# %% ../../nbs/data/own.ipynb #706c909e
+# %% ../../nbs/data/own.ipynb #a048dcb0
 def _test_classes(order: list[str], test_classes: float | list[str], split_seed: int) -> tuple[list[str], str]:
     "The classes that test, and a note about them. Raises ValueError where a side is empty."
     if isinstance(test_classes, list):
@@ -185,7 +185,7 @@ def _test_classes(order: list[str], test_classes: float | list[str], split_seed:
     else:
         chosen = _drawn(order, test_classes, split_seed)
         origin, advice = f"drawn with split_seed {split_seed}", f" (test_classes {test_classes})"
-    if not 1 <= len(chosen) <= len(order) - 1:
+    if test_classes != 1 and not 1 <= len(chosen) <= len(order) - 1:
         raise ValueError("expected classes to train on and classes to test, "
                          f"got {len(order) - len(chosen)} and {len(chosen)} of {len(order)}{advice}")
     return chosen, f"{len(chosen)} of {len(order)} classes test ({few(sorted(chosen, key=natural))}), {origin}"
@@ -284,7 +284,7 @@ def _first_bytes(path: Path) -> bytes:
     except OSError:
         return b""
 
-# %% ../../nbs/data/own.ipynb #7b55d78e
+# %% ../../nbs/data/own.ipynb #45964fdd
 def _class_list(test_classes: str) -> float | list[str]:
     "A fraction, or the lines of the file of that name."
     try:
@@ -292,7 +292,7 @@ def _class_list(test_classes: str) -> float | list[str]:
     except ValueError:
         path = Path(test_classes).expanduser()
     if not path.is_file():
-        raise ValueError("expected test_classes to be a share in (0, 1), or a file with a class a line, "
+        raise ValueError("expected test_classes to be a share in (0, 1], or a file with a class a line, "
                          f"got {test_classes!r}")
     return read_lines(path.parent, path.name)
 

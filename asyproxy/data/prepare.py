@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OFFICIAL_ARE', 'OF_PAPERS', 'load_data', 'describe']
 
-# %% ../../nbs/data/prepare.ipynb #45410432
+# %% ../../nbs/data/prepare.ipynb #82bb2906
 import os
 import shlex
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from .table import BOX, SPLITS, ImageData
 from ..experiment import Experiment, Images, numbers, parameters
 from ..text import one_line, shortened
 
-# %% ../../nbs/data/prepare.ipynb #4e9909d3
+# %% ../../nbs/data/prepare.ipynb #57949c30
 OFFICIAL_ARE = "official are"  # in what is said of counts, and of nothing else
 
 
@@ -56,7 +56,7 @@ def _clip_boxes(table: pd.DataFrame) -> pd.DataFrame:
     table.loc[empty, "problem"] = "its box holds no pixel of the image"
     return table
 
-# %% ../../nbs/data/prepare.ipynb #1cc84f79
+# %% ../../nbs/data/prepare.ipynb #e8895ba0
 def _twins_in(rows: pd.DataFrame) -> list[str]:
     "What is to be said of rows whose files are the same, byte for byte."
     files, splits = rows.drop_duplicates("image"), set(rows["split"])
@@ -103,7 +103,7 @@ class _Verdict:
                 *(f"unreadable: {line}" for line in self.unreadable),
                 *(f"surplus: {path}" for path in self.found.surplus)]
 
-# %% ../../nbs/data/prepare.ipynb #dede7e57
+# %% ../../nbs/data/prepare.ipynb #f404f855
 def _about(verdict: _Verdict, cropped: bool) -> dict:
     "What a record says of the images."
     found, table = verdict.found, verdict.table
@@ -160,7 +160,7 @@ def _checked(
                          f"All of it is listed in {problems_path(path)}")
     return _usable(data_name, root, used[~verdict.bad], _about(verdict, cropped))
 
-# %% ../../nbs/data/prepare.ipynb #70e90cff
+# %% ../../nbs/data/prepare.ipynb #8fbb8aa0
 def _path(entry: DataSet, data_name: str, data_path: str | Path) -> Path:
     "The folder of a data set, or its CSV file. Raises ValueError where none was given."
     if not str(data_path):
@@ -249,7 +249,7 @@ def _recalls(data: ImageData, usual: str) -> str:
     searched = gallery.sum() - (queries == gallery).all()
     return ",".join(str(k) for k in numbers(usual) if k <= searched)
 
-# %% ../../nbs/data/prepare.ipynb #eebb0a27
+# %% ../../nbs/data/prepare.ipynb #18aaf2c3
 def _has_answer(data: ImageData) -> bool:
     "Whether any query has an image of its class, and of another photograph, to be found."
     items, (queries, gallery) = data.table[["label"]].assign(photo=data.photos), test_rows(data.table)
@@ -261,8 +261,8 @@ def _has_answer(data: ImageData) -> bool:
 def _obstacle(data: ImageData) -> str:
     "Why no study can run on the images; empty where one can."
     classes = data.table.loc[data.table["split"] == "train", "label"].nunique()
-    if classes < 2:
-        return f"training takes two classes or more, there are {classes}: add some, or let fewer of them test"
+    if classes == 1:
+        return "training takes two classes or more, there is 1: add some, or let fewer of them test"
     if not _has_answer(data):
         return "no image of the test can be found by another one of its class: add images to its classes"
     return ""
@@ -283,16 +283,23 @@ def _quoted(value) -> str:
     safe = [chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\x{byte:02x}" for byte in os.fsencode(text)]
     return f"$'{''.join(safe)}'"  # of bash and zsh
 
-# %% ../../nbs/data/prepare.ipynb #99fea582
+# %% ../../nbs/data/prepare.ipynb #51ed777e
 OF_PAPERS = {"backbone_type": "resnet50", "batch_size": 128, "num_epochs": 30}  # on every benchmark
+
+
+def _study(data: ImageData, entry: DataSet) -> str:
+    "The study that the data set is for; where nothing trains, the evaluation."
+    return entry.study if "train" in set(data.table["split"]) else "evaluate"
 
 
 def _proposed(data: ImageData, entry: DataSet) -> dict:
     "The parameters that suit the images, where they are not the default."
-    values = {**OF_PAPERS, **entry.protocol} if entry.protocol else {}
-    if entry.study == "benchmark":
+    study = _study(data, entry)
+    values = {**OF_PAPERS, **entry.protocol} if entry.protocol and study == "benchmark" else {}
+    if study in ("benchmark", "evaluate"):
         recalls = _recalls(data, values.get("recalls", Experiment.recalls))
         values |= {"recalls": recalls} if entry.protocol or recalls != Experiment.recalls else {}
+    if study == "benchmark":
         values |= {"validation": f"{share:g}"} if (share := _validation(data)) != Experiment.validation else {}
     return values
 
@@ -302,7 +309,8 @@ def _command(data: ImageData, entry: DataSet, data_path: str, options: str) -> s
     values = {"data_name": data.name} | ({"data_path": data_path} if str(data_path) else {}) | _proposed(data, entry)
     words = shlex.split(options)  # -p name value, again and again
     values |= {name: value for name, value in zip(words[1::3], words[2::3]) if name in _heeded(entry)}
-    return " ".join([f"asyproxy run {entry.study}", *(f"-p {name} {_quoted(value)}" for name, value in values.items())])
+    words = [f"asyproxy run {_study(data, entry)}"]
+    return " ".join([*words, *(f"-p {name} {_quoted(value)}" for name, value in values.items())])
 
 # %% ../../nbs/data/prepare.ipynb #b598ef05
 def describe(

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Source', 'Row', 'inside', 'PixelArray', 'ImageFiles', 'DecodedCache', 'checksum', 'cache_folder']
 
-# %% ../../nbs/data/sources.ipynb #accc172e
+# %% ../../nbs/data/sources.ipynb #c284d36a
 import os
+import tempfile
 import zlib
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -158,10 +159,16 @@ def _check(path: Path, index: dict[str, np.ndarray], mapped: np.ndarray, number:
         raise ValueError(f"expected the pixels that were decoded, but those of image {number} in {path} are damaged: "
                          "delete this file, and build_cache makes it again")
 
-# %% ../../nbs/data/sources.ipynb #3510e0ae
+# %% ../../nbs/data/sources.ipynb #566aa298
 Source = PixelArray | ImageFiles | DecodedCache
 
 
 def cache_folder() -> Path:
-    "Where images that were drawn or decoded are kept: `$ASYPROXY_CACHE`, else ~/.cache/asyproxy."
-    return Path(os.environ.get("ASYPROXY_CACHE") or "~/.cache/asyproxy").expanduser()
+    "Where images that were drawn or decoded are kept: `$ASYPROXY_CACHE`, else ~/.cache/asyproxy. Raises ValueError."
+    given = os.environ.get("ASYPROXY_CACHE")
+    try:
+        return Path(given or "~/.cache/asyproxy").expanduser().absolute()
+    except RuntimeError as error:
+        if given:
+            raise ValueError(f"expected ASYPROXY_CACHE to be a folder, got {given!r}: {error}") from error
+        return Path(tempfile.gettempdir(), "asyproxy-cache")

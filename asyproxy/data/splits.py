@@ -29,7 +29,7 @@ def _rows(data: ImageData, rows: str | np.ndarray) -> np.ndarray:
         raise ValueError(f"expected at least one image of {data.name}, got no rows")
     return places
 
-# %% ../../nbs/data/splits.ipynb #c67b8bf5
+# %% ../../nbs/data/splits.ipynb #b897ad6c
 class ImageSet(Dataset):
     "The chosen rows of a data set as (uint8 image, class index); `classes[index]` is the label in the table."
 
@@ -84,7 +84,7 @@ def test_sets(
     labels = np.unique(data.table.loc[queries | gallery, "label"])
     return ImageSet(data, queries, classes=labels), ImageSet(data, gallery, classes=labels)
 
-# %% ../../nbs/data/splits.ipynb #5c4f68b3
+# %% ../../nbs/data/splits.ipynb #a5b19d23
 def hold_out_classes(
     data: ImageData,  # its training classes are split
     fraction: float,  # of the training classes, in [0, 1); 0 holds out none
@@ -95,8 +95,8 @@ def hold_out_classes(
         raise ValueError(f"expected a validation fraction in [0, 1), got {fraction}")
     train = (data.table["split"] == "train").to_numpy()
     if not train.any():
-        raise ValueError(f"expected images to train on in {data.name}, got only {', '.join(data.table['split'].unique())}"
-                         ": asyproxy run evaluate tests a model on them")
+        raise ValueError(f"expected images to train on in {data.name}, got only "
+                         f"{', '.join(data.table['split'].unique())}: asyproxy run evaluate tests a model on them")
     classes = np.unique(data.table["label"].to_numpy()[train])
     count = round(fraction * len(classes))
     if fraction and not 2 <= count <= len(classes) - 2:

@@ -66,7 +66,7 @@ def _hash_of_pixels(table: pd.DataFrame, pixels: np.ndarray | None) -> str:
         digest.update(np.ascontiguousarray(pixels))
     return digest.hexdigest()
 
-# %% ../../nbs/data/table.ipynb #87542ca8
+# %% ../../nbs/data/table.ipynb #067090bd
 @dataclass(frozen=True)
 class ImageData:
     "Images as a table, and where their pixels come from. Raises ValueError as `check_table` does."

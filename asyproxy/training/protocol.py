@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SELECT', 'both_codes', 'photos_of', 'evaluate', 'taken_by', 'load_images', 'starting_model', 'starting_loss',
            'checkpoint_settings', 'check_experiment', 'train_experiment', 'main', 'test_experiment', 'run_experiment',
-           'try_experiment']
+           'try_experiment', 'test_model']
 
 # %% ../../nbs/training/protocol.ipynb #0d20a7e7
 import inspect
@@ -305,6 +305,23 @@ def try_experiment(
     told = f", {'; '.join(signs)}" if signs else ""
     print(f"momentum {experiment.momentum:g}, lr {experiment.lr:g}: Recall@1 {recall or 0:.1%}{told}", flush=True)
     return {"recall": recall, "flagged": bool(signs), "signs": signs, "history": history}
+
+# %% ../../nbs/training/protocol.ipynb #7d27c562
+def test_model(
+    evaluation,  # a dataclass with the parameters of the study `evaluate`
+    data: ImageData,  # its images
+) -> dict:  # metrics (before or trained: epoch, dense, binary), trained_on (classes that test), data
+    "Tests a model, or a backbone. Raises ValueError or FileNotFoundError where a metric or the file can't be had."
+    path, recalls, tested = evaluation.model_path, numbers(evaluation.recalls), test_sets(data)
+    _check_tests(data, recalls)
+    seed_everything(evaluation.seed)
+    model = load_model(path) if path else EmbeddingModel(evaluation.backbone_type, 1, weights=evaluation.weights)
+    model.to(pick_device(evaluation.device))
+    found = evaluate(model, *tested, recalls=recalls, features=not path, num_workers=evaluation.num_workers)
+    names = set(data.table["class_name"][data.table["split"] != "train"].astype(str))
+    return {"metrics": {"trained": found} if path else {"before": {"epoch": 0, **found}},
+            "trained_on": sorted(names & set(model.class_names)),
+            "data": {"name": data.name, **data.fingerprint(), **data.about}}
 
 # %% ../../nbs/training/protocol.ipynb #4c95dc95
 if __name__ == "__main__" and globals().get("__spec__"):  # by python -m, and not in the notebook
