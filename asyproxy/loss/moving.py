@@ -83,7 +83,7 @@ class _Step:
     writes: tuple[int, int] | None = None  # to the table, up to the end of the call
     differentiated: bool = False  # its gradient has been asked for
 
-# %% ../../nbs/loss/moving.ipynb #385f569a
+# %% ../../nbs/loss/moving.ipynb #6742cb32
 class _ToFixedProxies(torch.autograd.Function):
     "The loss with the gradient that was computed along with it."
 
@@ -98,8 +98,8 @@ class _ToFixedProxies(torch.autograd.Function):
     def backward(ctx, gradient):
         ctx.step.differentiated = True
         if torch.is_grad_enabled():  # create_graph: the second derivative would be without its largest part
-            raise ValueError("expected to be differentiated once, got create_graph=True: this loss computes its gradient "
-                             "along with its value; LearnableProxyLoss in eval mode has all derivatives")
+            raise ValueError("expected to be differentiated once, got create_graph=True: this loss computes its "
+                             "gradient along with its value; LearnableProxyLoss has all derivatives")
         return gradient * ctx.saved_tensors[0], None, None, None, None
 
 # %% ../../nbs/loss/moving.ipynb #95b8fe2f

@@ -124,7 +124,7 @@ class EmbeddingModel(FeatureModel):
     ) -> torch.Tensor:  # (N, D), rows of unit length
         return F.normalize(self.projection(self.features(images)))
 
-# %% ../../nbs/model/embedding.ipynb #8157c865
+# %% ../../nbs/model/embedding.ipynb #c4cfd904
 def _plain(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
@@ -142,14 +142,13 @@ def load_plain_state(
     path: str | Path = "the file",  # where they are from
 ):
     "Takes a state over. Raises ValueError where it is not of such a module."
+    expected = f"expected the tensors of this {type(module).__name__} in {path}"
     try:
         module.load_state_dict({name: tensors[_plain(name)] for name in module.state_dict() if _plain(name) in tensors})
-        unknown = tensors.keys() - plain_state(module)
     except RuntimeError as error:
-        raise ValueError(f"expected the tensors of this {type(module).__name__} in {path}, got others: {error}") from error
-    if unknown:
-        raise ValueError(f"expected the tensors of this {type(module).__name__} in {path}, "
-                         f"got {len(unknown)} unknown, such as {min(unknown)}")
+        raise ValueError(f"{expected}, got others: {error}") from error
+    if unknown := tensors.keys() - plain_state(module):
+        raise ValueError(f"{expected}, got {len(unknown)} unknown, such as {min(unknown)}")
 
 # %% ../../nbs/model/embedding.ipynb #6134819d
 def save_model(

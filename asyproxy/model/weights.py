@@ -114,13 +114,13 @@ def _states(held: object, place: str = "", depth: int = 0) -> Iterator[tuple[str
         if depth < 5:
             yield from _states(value, f"{place}[{name!r}]", depth + 1)
 
-# %% ../../nbs/model/weights.ipynb #957a8323
+# %% ../../nbs/model/weights.ipynb #d77fd019
 def _described(held: object) -> str:
     if isinstance(held, torch.Tensor):
         return f"one tensor of shape {tuple(held.shape)}"
     if isinstance(held, dict):
-        return f"a dictionary without tensors ({', '.join(map(repr, list(held)[:5]))})" if held else "an empty dictionary"
-    return f"a {type(held).__name__}" + (f" of {len(held)}" if hasattr(held, "__len__") else "")
+        return f"a dictionary without tensors ({', '.join(map(repr, list(held)[:5])) or 'empty'})"
+    return f"something of type {type(held).__name__}"
 
 # %% ../../nbs/model/weights.ipynb #c13d5d07
 def _prefixes(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> list[str]:
