@@ -40,7 +40,7 @@ def _best(results: list[Found]) -> Found | None:
     best = max(results, key=lambda result: len(result.table), default=None)
     return best if best is not None and len(best.table) else None
 
-# %% ../../nbs/data/forms.ipynb #4b0429ff
+# %% ../../nbs/data/forms.ipynb #415aed7b
 ARCHIVE = re.compile(r"\.(zip|tar|tgz|tar\.gz|rar|7z)$")
 OML_TABLES = ("df.csv", "df_with_bboxes.csv")  # as open-metric-learning names them
 
@@ -53,6 +53,12 @@ def _to_unpack(data_set: DataSet, files: Files) -> list[str]:
             remarks = [remark for part, remark in data_set.archives.items() if part in path.lower()]
             reasons.append(f"unpack {path}{''.join(remarks)}")
     return reasons
+
+
+def _lost(files: Files) -> list[str]:
+    "What could not be looked into, and folders that are called like lists."
+    folders = [path for path in files.sizes.folders if re.search(r"\.(txt|csv|mat)$", path.lower())]
+    return files.sizes.lost() + [f"{path} is a folder, and called like a list: unpack it again" for path in folders]
 
 
 def _reasons(data_set: DataSet, files: Files, results: list[Found], refusals: list[str]) -> list[str]:
@@ -68,10 +74,10 @@ def _reasons(data_set: DataSet, files: Files, results: list[Found], refusals: li
     for path in files.called(*OML_TABLES)[:1]:
         reasons.append(f"{path} is a table of open-metric-learning (data_name own, data_path the file); "
                        f"for {data_set.title} such tables hold the split for classification")
-    reasons += files.sizes.lost()
+    reasons += _lost(files)
     return reasons + _to_unpack(data_set, files) + (data_set.hints(files, results) if data_set.hints else [])
 
-# %% ../../nbs/data/forms.ipynb #4c576dc9
+# %% ../../nbs/data/forms.ipynb #199be424
 def _is_whole(data_set: DataSet, found: Found) -> bool:
     "Whether nothing is missing and the counts are the official ones."
     counts = {split: (len(labels), labels.nunique()) for split, labels in found.table.groupby("split")["label"]}
@@ -91,7 +97,7 @@ def find(
         said = "; ".join(reasons) or f"{len(files.sizes):,} files, none of them a list of it"
         raise ValueError(f"no {data_set.title} below {root}: {said}. Looked for {data_set.looked_for}.")
     best.notes += [f"passed over: {reason}" for reason in refusals]
-    lost = files.sizes.lost()
+    lost = _lost(files)
     if _is_whole(data_set, best):
         best.notes += lost
     else:

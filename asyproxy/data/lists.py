@@ -148,8 +148,8 @@ def found_by_list(
 def _stem(path: str) -> str:
     return os.path.splitext(normalized(path))[0]
 
-# %% ../../nbs/data/lists.ipynb #d90c606b
-MASKS = re.compile("mask|segment|annotation|label", re.I)
+# %% ../../nbs/data/lists.ipynb #f9182cab
+MASKS = re.compile(r"(^|[^a-z])(masks?|segments?|segmentations?|annotations?)$", re.I)
 HALVES = re.compile(r"(^|/)(train|test|val|valid)/$", re.I)
 PHOTOS = {"images", "image", "imgs", "img", "photos", "jpegimages"}
 

@@ -95,15 +95,18 @@ def _split_folders(tops: list[_Top]) -> list[_Top]:
                          f"got images beside them, such as {flat[0]}; if they are classes, call them something else")
     return splits
 
-# %% ../../nbs/data/own.ipynb #5e844c6c
+# %% ../../nbs/data/own.ipynb #d09d4cc9
 WRAPPERS = {"images", "image", "imgs", "img", "photos", "pictures", "jpegimages"}  # around classes
 
 
 def _check_classes(tops: list[_Top], paths: list[str]):
     "Raises ValueError where the folders at the top may be no classes, but what is in one of them."
+    inside = {top.name: [] for top in tops}
+    for path in paths:
+        name, _, rest = path.partition("/")
+        inside[name].append(rest)
     for top in tops if len(tops) > 1 else []:
-        start = f"{top.name}/"
-        base, below = _level([path.removeprefix(start) for path in paths if path.startswith(start)])
+        start, (base, below) = f"{top.name}/", _level(inside[top.name])
         inner = _tops(path.split("/") for path in below if "/" in path)
         nested = sum(bool(other.role and other.folders) for other in inner) > 1
         wrapper = len(inner) > 1 and len(below) == sum("/" in path for path in below)

@@ -78,15 +78,15 @@ def _splits(cells: pd.DataFrame, path: str) -> np.ndarray:
     _refuse(~train & ~query & ~gallery, expected, cells["is_query"], path)
     return np.where(train, "train", np.where(query & gallery, "test", np.where(query, "query", "gallery")))
 
-# %% ../../nbs/data/own_table.ipynb #e40525c1
+# %% ../../nbs/data/own_table.ipynb #df7ffa22
 NO_LABEL = {"nan", "none", "null", "<na>"}  # among numbers
 
 
 def _check_labels(names: pd.Series, path: str):
     "Raises ValueError where an image has no label."
     _refuse(names == "", "a label in each row", names, path)
-    _refuse(names.str.fullmatch(r"-[0-9]+(\.[0-9]*)?"), "labels from 0 (others take a negative one for an image without a class: "
-            "leave its row out, or give it a name)", names, path)
+    expected = "labels from 0 (others take a negative one for an image without a class: leave its row out, or name it)"
+    _refuse(names.str.fullmatch(r"-[0-9]+(\.[0-9]*)?"), expected, names, path)
     missing = names.str.lower().isin(NO_LABEL)
     if (~missing).any() and names[~missing].str.fullmatch(r"[0-9]+(\.0)?").all():
         _refuse(missing, "a number as label in each row, as in the others", names, path)
