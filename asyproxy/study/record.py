@@ -110,7 +110,7 @@ def images_of(
 
     return load_data(**{name: values[name] for name in parameters(Images) if name in known})
 
-# %% ../../nbs/study/record.ipynb #b69fbb0d
+# %% ../../nbs/study/record.ipynb #bf41ce0d
 def _is_trained(folder: Path, record: Path, said: dict) -> bool:
     "Whether a complete run has to be tested again and not to be trained."
     try:
@@ -133,6 +133,17 @@ def places(
         folder = folder / "again"
     return folder, record
 
+
+def _settled(folder: Path) -> Path:
+    "Moves the tensors of a run that was made again to the place of those that were there."
+    if folder.name != "again":
+        return folder
+    for path in sorted(folder.rglob("*.safetensors")):
+        target = folder.parent / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
+    return folder.parent
+
 # %% ../../nbs/study/record.ipynb #6737c627
 def owned(
     folder: Path,  # of a run; made if need be
@@ -148,7 +159,16 @@ def owned(
                          "wait for it, or end it") from error
     return lock
 
-# %% ../../nbs/study/record.ipynb #b3cdad0b
+# %% ../../nbs/study/record.ipynb #7be009bb
+def _seconds_before(folder: Path) -> float:
+    "What processes that were killed have spent on the run."
+    if not (folders := {path.parent for path in folder.rglob("checkpoint-*")}):
+        return 0.0
+    from asyproxy.training.checkpoints import seconds_spent
+
+    return sum(map(seconds_spent, folders))
+
+# %% ../../nbs/study/record.ipynb #5cb44b5e
 class Run:
     "A run from inside its notebook: checks the parameters, starts the clock, and writes the record."
 
@@ -181,25 +201,7 @@ class Run:
         seconds = round(self.seconds_before + time.perf_counter() - self.started, 1)
         text = record_text({"run_id": self.id, "study": self.study, "parameters": self.said, **results,
                             "environment": environment(), "seconds": seconds, "peak_memory_mb": peak_memory_mb()})
-        self._settle()
+        self.folder = _settled(self.folder)
         with write_atomically(self.record) as temporary:
             temporary.write_text(text)
         return self.record
-
-    def _settle(self):
-        "Moves what was made again to the place of what was there."
-        if self.folder.name == "again":
-            again, self.folder = self.folder, self.folder.parent
-            for path in sorted(again.rglob("*.safetensors")):
-                target = self.folder / path.relative_to(again)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                path.replace(target)
-
-
-def _seconds_before(folder: Path) -> float:
-    "What processes that were killed have spent on the run."
-    if not (folders := {path.parent for path in folder.rglob("checkpoint-*")}):
-        return 0.0
-    from asyproxy.training.checkpoints import seconds_spent
-
-    return sum(map(seconds_spent, folders))
