@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from project import ROOT, library, readme, studies
 
-from asyproxy.experiment import parameters_cell, smallest
+from asyproxy.experiment import Experiment, parameters_cell, smallest
 from asyproxy.study.parameters import STUDIES
 from asyproxy.study.record import record_text
 
@@ -333,6 +333,11 @@ def test_benchmark_and_report(tmp_path):
     one, other = (run_study("benchmark", tmp_path) for _ in range(2))
     assert all(one[key] == other[key] for key in ("metrics", "history", "data"))
     assert set(one["metrics"]) == {"before", "last", "selected", "oracle"}
+    options = [part for pair in smallest(Experiment).items() for part in ("-p", *map(str, pair))]
+    drawn = call("asyproxy", "run", "benchmark", *options, "--draw", env=ENVIRONMENT | {"ASYPROXY_OUTPUT": tmp_path})
+    assert other["run_id"] in drawn and "epoch 1/" not in drawn
+    gallery = next((tmp_path / "figures" / "benchmark").glob("retrieval-*.png"))
+    assert gallery.stat().st_mtime_ns > (tmp_path / "figures" / "records" / f"{one['run_id']}.json").stat().st_mtime_ns
     both = run_study("benchmark", tmp_path, devices=2)
     recalls = [record["metrics"]["last"]["dense"]["recall@1"] for record in (one, both)]
     assert both["run_id"] != one["run_id"] and abs(recalls[0] - recalls[1]) <= 0.01, recalls
@@ -349,6 +354,57 @@ def test_benchmark_and_report(tmp_path):
     results = (tmp_path / "figures" / "report" / "results.csv").read_text()
     assert "proxy_anchor" in results and before in results
     assert '"asymptotic"' not in results
+
+
+OWN_FOLDER = """
+from pathlib import Path
+from PIL import Image
+for number in range(16):
+    path = Path(sys.argv[1], f"class {number // 2}", f"{number}.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (30, 30), (9 * number, 99, 99)).save(path)
+"""
+WRONG = (
+    ("loss", "learnabel", "got 'learnabel'; did you mean learnable?"), ("momentum", "1.5", "momentum to be in [0, 1]"),
+    ("temperature", "inf", "temperature to be > 0, got inf"), ("lr", "nan", "lr to be > 0, got nan"),
+    ("seed", "1.5", "seed to be of type int"), ("sead", "3", "got sead; did you mean seed?"),
+    ("data_name", "../../../x", "got '../../../x'"), ("backbone_type", "resnet5", "did you mean resnet50?"),
+    ("recalls", "1,1000", "expected each K of recalls in 1 ... 532"), ("recalls", "0", "recalls to be whole numbers"),
+    ("validation", "0.9", "leaves at least two of the 7 training classes"), ("weights", "no.pth", "there is no such file"),
+    ("device", "cuda", "expected a device of this machine"), ("precision", "tf32", "expected a GPU for precision tf32"),
+    ("loss_options", "margn=1", "margn"), ("feature_dim", "0", "feature_dim to be at least 1"),
+)
+
+
+def test_wrong_parameters_are_refused_before_work(tmp_path):
+    "One line, exit code 2, nothing written; in one process, for the words of the command are tested elsewhere."
+    own = tmp_path / "birds"
+    call(sys.executable, "-c", "import sys\n" + OWN_FOLDER, own)
+    images = {"data_name": "own", "data_path": str(own)}
+    cases = [({name: value}, message) for name, value, message in WRONG]
+    cases += [({"data_name": "own", "data_path": f"{own}s"}, "nothing at"), (images, "leaves at least two of the 4 training"),
+              (images | {"validation": "0", "recalls": "1,10"}, "expected each K of recalls in 1 ... 7"),
+              (images | {"test_classes": "2"}, "test_classes to be a share"), (images | {"cropped": "true"}, "boxes")]
+    script = f"""
+import contextlib, io, json
+from asyproxy.study.command import main
+small = {smallest(Experiment)!r}
+for given, message in json.loads({json.dumps(json.dumps(cases))}):
+    options = [word for name, value in (small | given).items() for word in ("-p", name, str(value))]
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        code = main(["run", "benchmark", *options])
+    said = said.getvalue()
+    assert code == 2 and said.count("\\n") == 1 and said.startswith("asyproxy: ") and message in said, (given, code, said)
+"""
+    output = tmp_path / "output"
+    call(sys.executable, "-c", script, env=ENVIRONMENT | {"ASYPROXY_OUTPUT": str(output)})
+    assert not output.exists()
+
+
+def test_runs_that_are_ended_come_to_the_same():
+    "Four of the ways; `ASYPROXY_FUZZ=10` tries forty."
+    script = "import sys; sys.path.insert(0, '.ci'); import signals; signals.ended(int(sys.argv[1]))"
+    call(sys.executable, "-c", script, round(4 * float(os.environ.get("ASYPROXY_FUZZ", "1"))))
 
 
 ISC = "from asyproxy.fixtures import write_fixture; write_fixture(sys.argv[1], 'isc', 'official')"
