@@ -5,15 +5,18 @@
 # %% auto #0
 __all__ = ['CAR_NAMES', 'WITHOUT_CLASSES', 'DEVKIT', 'CARS', 'car_combined', 'car_devkit', 'car_folders']
 
-# %% ../../nbs/data/cars.ipynb #1215222b
+# %% ../../nbs/data/cars.ipynb #f852ad0f
+import csv
+import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from .entry import DataSet
-from .folders import Files, is_image
-from .lists import Found, MissingField, found_by_list, read_lines
+from .folders import Files, is_foreign, is_image
+from .lists import (HALVES, Found, MissingField, check_boxes, found_by_list, photo_place, read_lines,
+                                 readable)
 from .table import BOX
 
 # %% ../../nbs/data/cars.ipynb #ae32f485
@@ -126,13 +129,15 @@ def _class_columns(labels: pd.Series) -> dict:
     names = [CAR_NAMES[label - 1] for label in labels]
     return {"class_name": names, "split": np.where(labels <= 98, "train", "test")}
 
-# %% ../../nbs/data/cars.ipynb #9b0f0285
+# %% ../../nbs/data/cars.ipynb #f6661ece
 def _structs(root: Path, path: str) -> np.ndarray:
     "The structs `annotations` of a MATLAB file, one row or many. Raises ValueError."
     from scipy.io import loadmat
 
     try:
         return loadmat(Path(root, path))["annotations"].reshape(-1)
+    except OSError as error:  # its text holds the folder
+        raise ValueError(f"expected a list that can be read, got {path}: {error.strerror}") from error
     except Exception as error:  # whatever a damaged file makes scipy raise
         raise ValueError(f"expected a MATLAB file with a struct annotations, got {path}: "
                          f"{type(error).__name__}: {error}") from error
@@ -145,29 +150,51 @@ def _annotations(root: Path, path: str, fields: tuple[str, ...]) -> dict[str, li
     if missing := [name for name in fields if name not in names]:
         raise MissingField(f"expected the fields {', '.join(fields)} in {path}, "
                            f"{', '.join(missing)} missing from {', '.join(names) or 'no field'}", missing)
-    try:
-        return {name: [np.asarray(value).reshape(-1)[0] for value in structs[name]] for name in fields}
-    except IndexError as error:
-        raise ValueError(f"expected one value in each field of {path}, got an empty one") from error
+    values = {name: [np.asarray(value) for value in structs[name]] for name in fields}
+    for name in fields:
+        if wrong := [value.size for value in values[name] if value.size != 1]:
+            raise ValueError(f"expected one value in each field of {path}, got {wrong[0]} in {name}")
+    return {name: [value.reshape(-1)[0] for value in values[name]] for name in fields}
 
-# %% ../../nbs/data/cars.ipynb #f373ce16
+# %% ../../nbs/data/cars.ipynb #0df06ce5
 _CORNERS = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")  # as in BOX
 
 
-def _table(root: Path, path: str, image_field: str, folder: str = "") -> pd.DataFrame:
-    "image, label, class_name, split and box. Raises ValueError on a class beyond 1 ... 196."
-    fields = _annotations(root, path, (image_field, *_CORNERS, "class"))
+def _classes(values: list, path: str) -> pd.Series:
+    "Raises ValueError on anything but classes 1 ... 196."
     try:
-        labels = pd.Series([int(label) for label in fields["class"]], dtype=np.int64)
-        boxes = {ours: [float(value) for value in fields[theirs]] for ours, theirs in zip(BOX, _CORNERS)}
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"expected numbers as classes and boxes in {path}: {error}") from error
-    if len(wrong := labels[~labels.between(1, len(CAR_NAMES))]):
-        raise ValueError(f"expected classes from 1 to 196 in {path}, got {wrong.iloc[0]}")
-    images = [f"{folder}{name}" for name in fields[image_field]]
-    return pd.DataFrame({"image": images, "label": labels, **_class_columns(labels), **boxes})
+        labels = pd.Series([float(value) for value in values], dtype=float)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"expected numbers as classes in {path}: {error}") from error
+    wrong = ~labels.isin(range(1, len(CAR_NAMES) + 1))
+    if wrong.any():
+        raise ValueError(f"expected classes from 1 to 196 in {path}, got {labels[wrong].iloc[0]:g}")
+    return labels.astype(np.int64)
 
-# %% ../../nbs/data/cars.ipynb #187784cd
+
+def _mat_boxes(root: Path, path: str, images: pd.Series) -> tuple[pd.DataFrame, str]:
+    "The boxes in our columns, or why there is none."
+    try:
+        fields = _annotations(root, path, _CORNERS)
+        boxes = {ours: [float(value) for value in fields[theirs]] for ours, theirs in zip(BOX, _CORNERS)}
+        check_boxes(pd.DataFrame(boxes), images, path)
+    except (TypeError, ValueError) as error:
+        return pd.DataFrame(index=images.index), f"expected a box for each image: {error}"
+    return pd.DataFrame(boxes), ""
+
+# %% ../../nbs/data/cars.ipynb #adad5170
+def _found(files: Files, root: Path, path: str, image_field: str, folder: str = "") -> Found:
+    "image, label, class_name, split and, where they are whole, boxes. Raises ValueError."
+    fields = _annotations(root, path, (image_field, "class"))
+    labels = _classes(fields["class"], path)
+    images = pd.Series([f"{folder}{name}" for name in fields[image_field]], dtype=str)
+    boxes, no_boxes = _mat_boxes(root, path, images)
+    rows = pd.DataFrame({"image": images, "label": labels, **_class_columns(labels)}).join(boxes)
+    found = found_by_list("", rows, files)
+    found.no_boxes = no_boxes
+    return found
+
+# %% ../../nbs/data/cars.ipynb #2bcf9db8
 def car_combined(
     files: Files,  # what is there
     root: Path,  # the folder that was walked
@@ -175,9 +202,11 @@ def car_combined(
     "cars_annos.mat and car_ims/. Raises ValueError on a damaged file."
     if not (paths := files.called("cars_annos.mat")):
         return None
-    return found_by_list("cars_annos.mat (combined)", _table(root, paths[0], "relative_im_path"), files)
+    found = _found(files, root, paths[0], "relative_im_path")
+    found.layout = "cars_annos.mat (combined)"
+    return found
 
-# %% ../../nbs/data/cars.ipynb #f3d0e02d
+# %% ../../nbs/data/cars.ipynb #185f482b
 WITHOUT_CLASSES = "cars_test_annos.mat"
 DEVKIT = {  # folder -> its lists, the best first
     "cars_train": ("cars_train_annos.mat",),
@@ -192,15 +221,14 @@ def _devkit_half(files: Files, root: Path, folder: str) -> Found:
                          "copy it beside the images")
     path = min(paths, key=lambda path: "withlabels" not in path.lower())
     try:
-        table = _table(root, path, "fname", folder + "/")
+        return _found(files, root, path, "fname", folder + "/")
     except MissingField as error:
         if "class" in error.fields and path.lower().endswith(WITHOUT_CLASSES):
             raise ValueError(f"{path} has no classes; expected cars_test_annos_withlabels.mat, which has: "
                              "copy it beside the images") from error
         raise
-    return found_by_list("", table, files)
 
-# %% ../../nbs/data/cars.ipynb #499f0701
+# %% ../../nbs/data/cars.ipynb #d2b4b493
 def car_devkit(
     files: Files,  # what is there
     root: Path,  # the folder that was walked
@@ -209,11 +237,14 @@ def car_devkit(
     if not files.called(*(name for names in DEVKIT.values() for name in names)):
         return None
     halves = [_devkit_half(files, root, folder) for folder in DEVKIT]
+    table = pd.concat([half.table for half in halves], ignore_index=True)
+    no_boxes = "; ".join(half.no_boxes for half in halves if half.no_boxes)
     return Found("cars_train_annos.mat and cars_test_annos_withlabels.mat (devkit)",
-                 pd.concat([half.table for half in halves], ignore_index=True),
-                 missing=[path for half in halves for path in half.missing])
+                 table.drop(columns=BOX, errors="ignore") if no_boxes else table, no_boxes=no_boxes,
+                 missing=[path for half in halves for path in half.missing],
+                 problems=[problem for half in halves for problem in half.problems])
 
-# %% ../../nbs/data/cars.ipynb #cf3ed55d
+# %% ../../nbs/data/cars.ipynb #921723cd
 def _photos_by_class(files: Files) -> pd.DataFrame:
     "image, label, part (the folder above that of the class, in lower case) and file of each photo."
     labels = {_letters(name): label for label, name in enumerate(CAR_NAMES, 1)}
@@ -221,31 +252,51 @@ def _photos_by_class(files: Files) -> pd.DataFrame:
     for path in files:
         part, folder, file = ["", "", *path.split("/")][-3:]
         label = labels.get(_letters(folder))
-        if label and is_image(path):
+        if label and (is_image(path) or is_foreign(path)):
             rows.append((path, label, part.lower(), file))
+    places = [HALVES.sub(r"\1", path.removesuffix(f"{folder}/{file}")) for path, folder, file in
+              ((row[0], row[0].split("/")[-2], row[3]) for row in rows)]
+    place = photo_place(places) if rows else ""
+    rows = [row for row, other in zip(rows, places) if other == place]
     return pd.DataFrame(rows, columns=["image", "label", "part", "file"])
 
-# %% ../../nbs/data/cars.ipynb #6be26e12
-def _annotated(files: Files, root: Path) -> pd.DataFrame | None:
-    "part, file, box and class of anno_train.csv and anno_test.csv; None where they are not both there."
-    parts = []
-    for part in ("train", "test"):
-        for path in files.called(f"anno_{part}.csv")[:1]:
-            lines = [line for line in read_lines(root, path) if line.strip()]
-            parts.append(_anno_rows(lines, part, path))
-    return pd.concat(parts, ignore_index=True) if len(parts) == 2 else None
+# %% ../../nbs/data/cars.ipynb #491c7444
+_NAMES = {"fname": "file", "filename": "file", "image": "file", "class": "annotated", "label": "annotated",
+          "x1": "left", "y1": "top", "x2": "right", "y2": "bottom"}
+_COLUMNS = ["file", *BOX, "annotated"]
 
 
-def _anno_rows(lines: list[str], part: str, path: str) -> pd.DataFrame:
-    "The rows of one CSV file. Raises ValueError on a row of another length, and on text for numbers."
-    rows = [line.rsplit(",", 5) for line in lines]
+def _columns(first: list[str]) -> list[str] | None:
+    "What is in each column by the names of a header; None where the first row is none."
+    if any(re.fullmatch("[0-9.]+", cell) for cell in first):
+        return None
+    names = [re.sub("[^a-z0-9]", "", cell.lower().removeprefix("bbox_")) for cell in first]
+    return [_NAMES.get(name, name) for name in names]
+
+
+def _anno_rows(root: Path, path: str, part: str) -> pd.DataFrame:
+    "part, file, box and class of one CSV file. Raises ValueError where there is not one of each in each row."
+    rows = [[cell.strip() for cell in row] for row in csv.reader(read_lines(root, path)) if row]
+    header = _columns(rows[0]) if rows else None
+    names = header or _COLUMNS
+    if not set(_COLUMNS) <= set(names) or (uneven := [row for row in rows if len(row) != len(names)]):
+        got = uneven[0] if set(_COLUMNS) <= set(names) else names
+        raise ValueError(f"expected rows of file, x1, y1, x2, y2, class in {path}, got {','.join(got)}")
+    table = pd.DataFrame(rows[1:] if header else rows, columns=names)[_COLUMNS]
     try:
-        rows = [(part, name.strip(), *map(float, numbers)) for name, *numbers in rows]
-        return pd.DataFrame(rows, columns=["part", "file", *BOX, "annotated"])
+        return table.astype({name: float for name in _COLUMNS[1:]}).assign(part=part)
     except ValueError as error:
         raise ValueError(f"expected rows of file, x1, y1, x2, y2, class in {path}: {error}") from error
 
-# %% ../../nbs/data/cars.ipynb #af26996c
+
+def _annotated(files: Files, root: Path) -> pd.DataFrame | None:
+    "All of anno_train.csv and anno_test.csv; None where they are not both there. Raises ValueError."
+    paths = {part: files.called(f"anno_{part}.csv")[:1] for part in ("train", "test")}
+    if not all(paths.values()):
+        return None
+    return pd.concat([_anno_rows(root, path, part) for part, [path] in paths.items()], ignore_index=True)
+
+# %% ../../nbs/data/cars.ipynb #7ce6813b
 def _with_boxes(photos: pd.DataFrame, annotated: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     "The photos with their boxes, and what is annotated and not there. Raises ValueError where classes differ."
     joined = photos.merge(annotated, on=["part", "file"], how="outer", indicator=True)
@@ -257,24 +308,39 @@ def _with_boxes(photos: pd.DataFrame, annotated: pd.DataFrame) -> tuple[pd.DataF
         first = wrong.iloc[0]
         raise ValueError(f"expected the class of anno_{first['part']}.csv for {first['image']} "
                          f"to be that of its folder, got {int(first['annotated'])} ({len(wrong)} such images)")
-    return joined if joined["left"].notna().all() else joined.drop(columns=BOX), missing
+    return joined, missing
 
-# %% ../../nbs/data/cars.ipynb #237c6a7c
+# %% ../../nbs/data/cars.ipynb #0bebf834
+def _boxed(photos: pd.DataFrame, files: Files, root: Path) -> tuple[pd.DataFrame, list[str], str | None]:
+    "The photos, with boxes if all have one; what is annotated and not there; why there are none (None: no files)."
+    try:
+        annotated = _annotated(files, root)
+    except ValueError as error:
+        return photos, [], str(error)
+    if annotated is None:
+        return photos, [], None
+    table, missing = _with_boxes(photos, annotated)
+    try:
+        check_boxes(table[BOX], table["image"], "anno_train.csv and anno_test.csv")
+    except ValueError as error:
+        return table.drop(columns=BOX), missing, str(error)
+    return table, missing, ""
+
+# %% ../../nbs/data/cars.ipynb #6ac85425
 def car_folders(
     files: Files,  # what is there
     root: Path,  # the folder that was walked
 ) -> Found | None:
     "A folder for each class, named like it; boxes where they are. Raises ValueError where boxes are of other images."
-    table, missing = _photos_by_class(files), []
-    if not len(table):
+    photos = _photos_by_class(files)
+    if not len(photos):
         return None
-    layout, annotated = "a folder for each class", _annotated(files, root)
-    if annotated is not None:
-        layout += " with anno_train.csv and anno_test.csv"
-        table, missing = _with_boxes(table, annotated)
+    table, missing, no_boxes = _boxed(photos, files, root)
+    layout = "a folder for each class" + ("" if no_boxes is None else " with anno_train.csv and anno_test.csv")
     columns = [column for column in ("image", "label", *BOX) if column in table]
     table = table.sort_values("image", ignore_index=True)[columns].astype({"label": np.int64})
-    return Found(layout, table.assign(**_class_columns(table["label"])), missing=missing)
+    table = table.assign(**_class_columns(table["label"]))
+    return readable(Found(layout, table, missing=missing, no_boxes=no_boxes or ""))
 
 # %% ../../nbs/data/cars.ipynb #9000fa63
 def _hints(files: Files, results: list[Found]) -> list[str]:

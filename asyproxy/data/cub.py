@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['CUB', 'cub_lists', 'cub_folders']
 
-# %% ../../nbs/data/cub.ipynb #3ef195d3
+# %% ../../nbs/data/cub.ipynb #c7bb74c8
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from .entry import DataSet
-from .folders import Files, is_image
-from .lists import Found, found_by_list, read_lines, whole_number
+from .folders import Files, is_foreign, is_image
+from .lists import (HALVES, Found, check_boxes, found_by_list, photo_place, read_lines, readable,
+                                 whole_number)
 from .table import BOX
 
 # %% ../../nbs/data/cub.ipynb #90e3ec35
@@ -74,7 +76,7 @@ def _check_folders(images: pd.Series, labels: pd.Series):
         raise ValueError(f"expected the class of {images[wrong].iloc[0]} to be the number of its folder, "
                          f"got {labels[wrong].iloc[0]} ({wrong.sum()} such images)")
 
-# %% ../../nbs/data/cub.ipynb #75eade0e
+# %% ../../nbs/data/cub.ipynb #22e102c5
 def _box(text: str, path: str) -> tuple[float, float, float, float]:
     "left, top, right and bottom."
     try:
@@ -82,6 +84,20 @@ def _box(text: str, path: str) -> tuple[float, float, float, float]:
     except ValueError as error:
         raise ValueError(f"expected id, x, y, width and height in {path}, got {text!r}") from error
     return x, y, x + width, y + height
+
+
+def _boxes(keys: Iterable[str], images: pd.Series, root: Path, path: str) -> tuple[pd.DataFrame, str]:
+    "The box of each id in our columns, or why there is none."
+    try:
+        pairs = _pairs(root, path)
+        if lacking := [key for key in keys if key not in pairs]:
+            raise ValueError(f"expected a box for each image in {path}, got none for id {lacking[0]} "
+                             f"({len(lacking):,} such images)")
+        boxes = pd.DataFrame([_box(pairs[key], path) for key in keys], columns=BOX, dtype=float)
+        check_boxes(boxes, images, path)
+    except ValueError as error:
+        return pd.DataFrame(index=images.index), str(error)
+    return boxes, ""
 
 # %% ../../nbs/data/cub.ipynb #69e9bc48
 def _list_paths(files: Files) -> tuple[str, str, str | None] | None:
@@ -95,7 +111,7 @@ def _list_paths(files: Files) -> tuple[str, str, str | None] | None:
         raise ValueError(f"expected images.txt beside {labels_path}, found none")
     return images_path, labels_path, files.find(folder + "bounding_boxes.txt")
 
-# %% ../../nbs/data/cub.ipynb #1086e65a
+# %% ../../nbs/data/cub.ipynb #d25ef8b4
 def cub_lists(
     files: Files,  # what is there
     root: Path,  # the folder that was walked
@@ -105,19 +121,19 @@ def cub_lists(
     if (paths := _list_paths(files)) is None:
         return None
     images_path, labels_path, boxes_path = paths
-    lists = {path: _pairs(root, path) for path in paths if path}
+    lists = {path: _pairs(root, path) for path in (images_path, labels_path)}
     _check_ids(lists, images_path)
     images = pd.Series(list(lists[images_path].values()), dtype=str)
     numbers = [whole_number(lists[labels_path][key], labels_path) for key in lists[images_path]]
     labels = pd.Series(numbers, dtype=np.int64)
     _check_folders(images, labels)
     rows = _rows(images, labels)
-    if boxes_path:
-        boxes = [_box(lists[boxes_path][key], boxes_path) for key in lists[images_path]]
-        rows = rows.join(pd.DataFrame(boxes, columns=BOX, dtype=float))
-    return found_by_list("images.txt and image_class_labels.txt", rows, files)
+    boxes, no_boxes = _boxes(lists[images_path], images, root, boxes_path) if boxes_path else (None, "")
+    found = found_by_list("images.txt and image_class_labels.txt", rows if boxes is None else rows.join(boxes), files)
+    found.no_boxes = no_boxes
+    return found
 
-# %% ../../nbs/data/cub.ipynb #7adc7129
+# %% ../../nbs/data/cub.ipynb #65986747
 def cub_folders(
     files: Files,  # what is there
     root: Path,  # not needed
@@ -129,12 +145,14 @@ def cub_folders(
     groups = {}  # what the folders lie in -> images and their classes
     for path in files:
         match = re.fullmatch(r"(.*/|)([0-9]{3})\.[^/]+/[^/]+", path)
-        if match and is_image(path) and 1 <= int(match[2]) <= 200:
+        if match and (is_image(path) or is_foreign(path)):
             groups.setdefault(match[1], []).append((path, int(match[2])))
     if not groups:
         return None
-    rows = pd.DataFrame(max(groups.values(), key=len), columns=["image", "label"])
-    return Found("folders 001.Name to 200.Name, no list", _rows(rows["image"], rows["label"]))
+    place = photo_place(groups)
+    photos = [photo for folder, photos in groups.items() if HALVES.sub(r"\1", folder) == place for photo in photos]
+    rows = pd.DataFrame(photos, columns=["image", "label"])
+    return readable(Found("folders 001.Name to 200.Name, no list", _rows(rows["image"], rows["label"])))
 
 # %% ../../nbs/data/cub.ipynb #afe0c333
 CUB = DataSet(

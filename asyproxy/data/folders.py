@@ -126,7 +126,7 @@ def _is_photo(name: str) -> bool:
     "Whether it is an image by its name, and not what macOS writes beside one."
     return (is_image(name) or is_foreign(name)) and not name.startswith("._")
 
-# %% ../../nbs/data/folders.ipynb #d0c0cf39
+# %% ../../nbs/data/folders.ipynb #ad587a84
 def _steps(root: Path, seen: Seen) -> Iterator[tuple[str, str, list[str]]]:
     "Each folder, its path below the root with a slash at its end, and the names in it; folders in order."
     def unread(error: OSError):
@@ -136,7 +136,7 @@ def _steps(root: Path, seen: Seen) -> Iterator[tuple[str, str, list[str]]]:
     for folder, folders, names in os.walk(root, onerror=unread, followlinks=True):
         place, line = os.path.realpath(folder), above.pop(folder)
         below = "".join(f"{part}/" for part in Path(folder).relative_to(root).parts)
-        for name in filter(_litter, folders):
+        for name in sorted(filter(_litter, folders)):
             if _is_lost_in(os.path.join(folder, name)):
                 seen.litter.append(below + name)
         folders[:] = [] if place in line else sorted(name for name in folders if not _litter(name))

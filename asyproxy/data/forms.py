@@ -40,7 +40,7 @@ def _best(results: list[Found]) -> Found | None:
     best = max(results, key=lambda result: len(result.table), default=None)
     return best if best is not None and len(best.table) else None
 
-# %% ../../nbs/data/forms.ipynb #9b67cad5
+# %% ../../nbs/data/forms.ipynb #415aed7b
 ARCHIVE = re.compile(r"\.(zip|tar|tgz|tar\.gz|rar|7z)$")
 OML_TABLES = ("df.csv", "df_with_bboxes.csv")  # as open-metric-learning names them
 
@@ -55,6 +55,12 @@ def _to_unpack(data_set: DataSet, files: Files) -> list[str]:
     return reasons
 
 
+def _lost(files: Files) -> list[str]:
+    "What could not be looked into, and folders that are called like lists."
+    folders = [path for path in files.sizes.folders if re.search(r"\.(txt|csv|mat)$", path.lower())]
+    return files.sizes.lost() + [f"{path} is a folder, and called like a list: unpack it again" for path in folders]
+
+
 def _reasons(data_set: DataSet, files: Files, results: list[Found], refusals: list[str]) -> list[str]:
     "All that speaks against what is there."
     reasons = list(refusals)
@@ -62,12 +68,22 @@ def _reasons(data_set: DataSet, files: Files, results: list[Found], refusals: li
         if result.missing:
             reasons.append(f"{result.layout} lists {len(result.missing)} images, such as {result.missing[0]}, "
                            "and none of them is there")
+        elif not len(result.table) and not result.problems:
+            reasons.append(f"expected images in {result.layout}, got none")
+        reasons += result.problems
     for path in files.called(*OML_TABLES)[:1]:
         reasons.append(f"{path} is a table of open-metric-learning (data_name own, data_path the file); "
                        f"for {data_set.title} such tables hold the split for classification")
+    reasons += _lost(files)
     return reasons + _to_unpack(data_set, files) + (data_set.hints(files, results) if data_set.hints else [])
 
-# %% ../../nbs/data/forms.ipynb #d1c45af9
+# %% ../../nbs/data/forms.ipynb #199be424
+def _is_whole(data_set: DataSet, found: Found) -> bool:
+    "Whether nothing is missing and the counts are the official ones."
+    counts = {split: (len(labels), labels.nunique()) for split, labels in found.table.groupby("split")["label"]}
+    return not found.missing and counts == data_set.official
+
+
 def find(
     data_set: DataSet,  # an entry of the catalogue
     files: Files,  # what is there
@@ -81,5 +97,10 @@ def find(
         said = "; ".join(reasons) or f"{len(files.sizes):,} files, none of them a list of it"
         raise ValueError(f"no {data_set.title} below {root}: {said}. Looked for {data_set.looked_for}.")
     best.notes += [f"passed over: {reason}" for reason in refusals]
+    lost = _lost(files)
+    if _is_whole(data_set, best):
+        best.notes += lost
+    else:
+        best.problems += lost
     best.surplus = unlisted(best.table, files)
     return best

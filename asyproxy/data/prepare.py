@@ -18,7 +18,7 @@ from .catalogue import DATA_SETS, data_set
 from .entry import DataSet
 from .folders import Files, walk
 from .forms import find
-from .lists import Found
+from .lists import Found, shown
 from .scan import keep_table, kept_table, problems_path, scan, table_paths
 from .sources import ImageFiles
 from .table import BOX, SPLITS, ImageData
@@ -32,7 +32,8 @@ def _incomplete(entry: DataSet, found: Found) -> list[str]:
     said = list(found.problems)
     if found.missing:
         listed = len(found.table) + len(found.missing)
-        said.append(f"{len(found.missing):,} of {listed:,} listed images are missing, such as {found.missing[0]}")
+        said.append(f"{len(found.missing):,} of {listed:,} listed images are missing, "
+                    f"such as {shown(found.missing[0])}")
     for split, (images, classes) in entry.official.items():
         labels = found.table["label"][found.table["split"] == split]
         if (len(labels), labels.nunique()) != (images, classes):
@@ -69,7 +70,7 @@ def _twins(table: pd.DataFrame) -> list[str]:
     found = {}
     for _, rows in whole.groupby("sha256"):
         for name in _twins_in(rows):
-            found.setdefault(name, []).append(" and ".join(rows["image"].unique()[:2]))
+            found.setdefault(name, []).append(" and ".join(map(shown, rows["image"].unique()[:2])))
     return [f"photos stored {name}, byte for byte: {len(pairs)}, such as {pairs[0]}" for name, pairs in found.items()]
 
 # %% ../../nbs/data/prepare.ipynb #4d8a8f05
@@ -104,7 +105,7 @@ def _about(verdict: _Verdict, cropped: bool) -> dict:
     found, table = verdict.found, verdict.table
     return {"layout": found.layout, "complete": not verdict.incomplete and not verdict.bad.any(),
             "incomplete": verdict.incomplete, "missing": len(found.missing),
-            "skipped": table["image"][verdict.bad].tolist(), "surplus": len(found.surplus),
+            "skipped": table["image"][verdict.bad].map(shown).tolist(), "surplus": len(found.surplus),
             "cropped": cropped, "notes": found.notes + _twins(table)}
 
 # %% ../../nbs/data/prepare.ipynb #9df8ce11
@@ -171,8 +172,9 @@ def _locate(entry: DataSet, path: Path, *, cropped: bool, test_classes: str, spl
     else:
         found = find(entry, Files(walk(path)), path)
     if cropped and "left" not in found.table:
-        advice = f": {entry.without_boxes}" if entry.without_boxes else ""
-        raise ValueError(f"expected boxes for cropped, {found.layout} below {path} has none{advice}")
+        reason = found.no_boxes or entry.without_boxes
+        raise ValueError(f"expected boxes for cropped, {found.layout} below {path} has none"
+                         + (f": {reason}" if reason else ""))
     return found
 
 # %% ../../nbs/data/prepare.ipynb #82da2603
