@@ -4,7 +4,8 @@
 
 A mutant that no cell notices survives, and is printed: either it changes no result, or a test is missing, which goes
 into that notebook. `--only ID` tries one again. The cells are run in order up to the first that fails; other rooms
-stay as the package has them. Kernels are compiled anew for every mutant: numba finds no file to keep them for.
+stay as the package has them, also in processes that a test starts: what only those run seems to survive.
+Kernels are compiled anew for every mutant, for numba finds no file beside which to keep them.
 """
 
 import argparse
