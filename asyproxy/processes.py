@@ -71,7 +71,7 @@ def sum_over_processes(
 ) -> torch.Tensor:  # the same in all of them
     "The sum of the tensors of all processes, in each of them."
     if world()[1] > 1:
-        tensor = tensor.clone() if dist.get_backend() == "nccl" else tensor.cpu()
+        tensor = (tensor if dist.get_backend() == "nccl" else tensor.cpu()).clone()
         dist.all_reduce(tensor)
     return tensor
 

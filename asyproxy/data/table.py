@@ -39,6 +39,8 @@ def check_table(
 ) -> pd.DataFrame:  # the same table
     "Raises ValueError where a column, a split or a class cannot be right."
     _check_columns(table)
+    if table.empty:
+        raise ValueError("expected at least one image, got a table without rows")
     boxed = set(BOX) <= set(table)
     if len(twice := table["image"][table.duplicated(["image", *BOX] if boxed else ["image"])]):
         advice = "one row for each box" if boxed else "several boxes of it are items of their own once they are cropped"
