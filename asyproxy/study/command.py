@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['main', 'console']
 
-# %% ../../nbs/study/command.ipynb #f95af2f4
+# %% ../../nbs/study/command.ipynb #869ea12b
 import argparse
-import os
 import shlex
 import signal
 import sys
@@ -138,12 +137,10 @@ def main(
         return 128 + number
     return 0
 
-# %% ../../nbs/study/command.ipynb #8c2ed1b8
+# %% ../../nbs/study/command.ipynb #7f07ccd0
 def console():
     "The console command `asyproxy`."
     _listen()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    os._exit(code)  # torch takes seconds to be taken down
+    sys.exit(main(sys.argv[1:]))

@@ -110,14 +110,14 @@ def images_of(
 
     return load_data(**{name: values[name] for name in parameters(Images) if name in known})
 
-# %% ../../nbs/study/record.ipynb #bf41ce0d
+# %% ../../nbs/study/record.ipynb #a9e0742d
 def _is_trained(folder: Path, record: Path, said: dict) -> bool:
     "Whether a complete run has to be tested again and not to be trained."
     try:
         old = read_record(record)
     except ValueError:
         return False
-    code, now = (({**one, "machine": None}) for one in (old["environment"], environment()))
+    code, now = ({**one, "machine": None} for one in (old.get("environment", {}), environment()))
     return any(folder.glob("checkpoint-*")) and old["parameters"] != said and code == now and not now["git_dirty"]
 
 
@@ -168,7 +168,7 @@ def _seconds_before(folder: Path) -> float:
 
     return sum(map(seconds_spent, folders))
 
-# %% ../../nbs/study/record.ipynb #5cb44b5e
+# %% ../../nbs/study/record.ipynb #2a9f5d87
 class Run:
     "A run from inside its notebook: checks the parameters, starts the clock, and writes the record."
 
@@ -204,4 +204,5 @@ class Run:
         self.folder = _settled(self.folder)
         with write_atomically(self.record) as temporary:
             temporary.write_text(text)
+        self._lock.release()
         return self.record

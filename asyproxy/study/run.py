@@ -67,7 +67,7 @@ def notebook_parameters(
     values = checked(known, defaults | given)
     return known, {name: located(known[name], value) for name, value in values.items()}
 
-# %% ../../nbs/study/run.ipynb #cd2836bc
+# %% ../../nbs/study/run.ipynb #f43ffd67
 def _fingerprint(known: dict[str, Parameter], values: dict) -> str:
     "Of the images of a run; empty where there are none. Raises ValueError on what would fail later."
     if "device" in known:
@@ -80,6 +80,41 @@ def _fingerprint(known: dict[str, Parameter], values: dict) -> str:
 
         check_experiment(Experiment(**{name: values[name] for name in parameters(Experiment)}), data)
     return data.fingerprint()["sha256"] if data else ""
+
+
+def _answer(study: str, text: str):
+    "In the process: prints the fingerprint, or what is wrong, as the last line."
+    values = json.loads(text)
+    try:
+        answer = {"fingerprint": _fingerprint(described(study, values), values)}
+    except (ValueError, OSError) as error:
+        answer = {"error": str(error)}
+    print("\n" + json.dumps(answer))
+
+# %% ../../nbs/study/run.ipynb #534c1009
+_PROGRAM = """
+import sys
+from asyproxy.children import follow_input
+follow_input()
+from asyproxy.study.run import _answer
+_answer(*sys.argv[1:])
+"""
+
+
+def _seen(study: str, known: dict[str, Parameter], values: dict) -> str:
+    "As `_fingerprint`, from a process of its own. Raises RuntimeError where that fails."
+    if not {"device", "data_path"} & known.keys():
+        return ""
+    command = [sys.executable, "-c", _PROGRAM, study, json.dumps(values)]
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, start_new_session=True, text=True, **streams) as process:
+        said = process.stdout.read()
+    if process.returncode:
+        raise RuntimeError(f"looking at the images of {study} ended with code {process.returncode}: see above")
+    answer = json.loads(said.splitlines()[-1])
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    return answer["fingerprint"]
 
 # %% ../../nbs/study/run.ipynb #3e175178
 def _surroundings(folder: Path, path: Path, draw: bool) -> dict[str, str]:
@@ -133,7 +168,7 @@ def _settle(folder: Path, *files: Path):
             file.replace(folder.parent / file.name)
         shutil.rmtree(folder)
 
-# %% ../../nbs/study/run.ipynb #3d4c0195
+# %% ../../nbs/study/run.ipynb #f96b7f36
 def _run(path: Path, values: dict, folder: Path, record: Path, draw: bool) -> dict:
     "Runs a notebook that this process owns."
     stem, before = "drawn" if draw else path.stem, _stamp(record)
@@ -163,7 +198,7 @@ def run(
     "Raises FileNotFoundError or ValueError before any work, RuntimeError where the notebook fails."
     path = find_notebook(notebook)
     known, values = notebook_parameters(path, parameters or {})
-    identity = run_id(path.stem, known, values, _fingerprint(known, values))
+    identity = run_id(path.stem, known, values, _seen(path.stem, known, values))
     folder, record = places(identity, published(known, values), near=path.parent)
     if draw and "run.results" not in path.read_text(encoding="utf-8"):
         raise ValueError(f"expected a notebook that can draw its record again, {path.name} measures while it draws")
