@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['find_notebook', 'notebook_parameters', 'run']
 
-# %% ../../nbs/study/run.ipynb #4ca7fc36
+# %% ../../nbs/study/run.ipynb #19a185ef
 import json
 import os
 import shutil
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from asyproxy.experiment import (
-    Experiment, Parameter, cell_values, checked, hint, located, parameters, published, run_id,
+    Experiment, Parameter, cell_values, checked, hint, located, parameters, plain, published, run_id,
 )
 from .environment import checkout, output_folder
 from .parameters import described
@@ -67,7 +67,7 @@ def notebook_parameters(
     values = checked(known, defaults | given)
     return known, {name: located(known[name], value) for name, value in values.items()}
 
-# %% ../../nbs/study/run.ipynb #f43ffd67
+# %% ../../nbs/study/run.ipynb #599c81c7
 def _fingerprint(known: dict[str, Parameter], values: dict) -> str:
     "Of the images of a run; empty where there are none. Raises ValueError on what would fail later."
     if "device" in known:
@@ -82,16 +82,18 @@ def _fingerprint(known: dict[str, Parameter], values: dict) -> str:
     return data.fingerprint()["sha256"] if data else ""
 
 
-def _answer(study: str, text: str):
-    "In the process: prints the fingerprint, or what is wrong, as the last line."
-    values = json.loads(text)
+def _answer(path: str, text: str):
+    "In the process: prints what a run is called and runs with, or what is wrong, as the last line."
+    given = json.loads(text)
     try:
-        answer = {"fingerprint": _fingerprint(described(study, values), values)}
+        known, values = notebook_parameters(Path(path), given)
+        identity = run_id(Path(path).stem, known, values, _fingerprint(known, values))
+        answer = {"identity": identity, "said": published(known, values), "given": {name: values[name] for name in given}}
     except (ValueError, OSError) as error:
         answer = {"error": str(error)}
     print("\n" + json.dumps(answer))
 
-# %% ../../nbs/study/run.ipynb #534c1009
+# %% ../../nbs/study/run.ipynb #9b1f9e4c
 _PROGRAM = """
 import sys
 from asyproxy.children import follow_input
@@ -101,20 +103,18 @@ _answer(*sys.argv[1:])
 """
 
 
-def _seen(study: str, known: dict[str, Parameter], values: dict) -> str:
-    "As `_fingerprint`, from a process of its own. Raises RuntimeError where that fails."
-    if not {"device", "data_path"} & known.keys():
-        return ""
-    command = [sys.executable, "-c", _PROGRAM, study, json.dumps(values)]
+def _looked_at(path: Path, given: dict) -> dict:
+    "What `_answer` says, from a process of its own. Raises ValueError, or RuntimeError where the process fails."
+    command = [sys.executable, "-c", _PROGRAM, str(path), json.dumps(given, default=str)]
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, start_new_session=True, text=True, **streams) as process:
+    with subprocess.Popen(command, start_new_session=True, text=True, encoding="utf-8", **streams) as process:
         said = process.stdout.read()
     if process.returncode:
-        raise RuntimeError(f"looking at the images of {study} ended with code {process.returncode}: see above")
+        raise RuntimeError(f"the check of {path.name} ended with code {process.returncode}: see above")
     answer = json.loads(said.splitlines()[-1])
     if "error" in answer:
         raise ValueError(answer["error"])
-    return answer["fingerprint"]
+    return answer
 
 # %% ../../nbs/study/run.ipynb #3e175178
 def _surroundings(folder: Path, path: Path, draw: bool) -> dict[str, str]:
@@ -168,7 +168,7 @@ def _settle(folder: Path, *files: Path):
             file.replace(folder.parent / file.name)
         shutil.rmtree(folder)
 
-# %% ../../nbs/study/run.ipynb #f96b7f36
+# %% ../../nbs/study/run.ipynb #acf27efc
 def _run(path: Path, values: dict, folder: Path, record: Path, draw: bool) -> dict:
     "Runs a notebook that this process owns."
     stem, before = "drawn" if draw else path.stem, _stamp(record)
@@ -197,9 +197,9 @@ def run(
 ) -> dict:  # the record
     "Raises FileNotFoundError or ValueError before any work, RuntimeError where the notebook fails."
     path = find_notebook(notebook)
-    known, values = notebook_parameters(path, parameters or {})
-    identity = run_id(path.stem, known, values, _seen(path.stem, known, values))
-    folder, record = places(identity, published(known, values), near=path.parent)
+    looked_at = _looked_at(path, {name: plain(value) for name, value in (parameters or {}).items()})
+    identity = looked_at["identity"]
+    folder, record = places(identity, looked_at["said"], near=path.parent)
     if draw and "run.results" not in path.read_text(encoding="utf-8"):
         raise ValueError(f"expected a notebook that can draw its record again, {path.name} measures while it draws")
     if draw and not record.exists():
@@ -208,7 +208,6 @@ def run(
     owned(whole, "notebook").release()
     with owned(whole, "command"):
         print(f"{identity} ...", flush=True)
-        given = {name: values[name] for name in parameters or {}}
-        result = _run(path, given, whole if draw else folder, record, draw)
+        result = _run(path, looked_at["given"], whole if draw else folder, record, draw)
     print(f"{identity}: {result['seconds']:.0f} s", flush=True)
     return result
