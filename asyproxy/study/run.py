@@ -88,7 +88,8 @@ def _answer(path: str, text: str):
     try:
         known, values = notebook_parameters(Path(path), given)
         identity = run_id(Path(path).stem, known, values, _fingerprint(known, values))
-        answer = {"identity": identity, "said": published(known, values), "given": {name: values[name] for name in given}}
+        answer = {"identity": identity, "said": published(known, values)}
+        answer["given"] = {name: values[name] for name in given}
     except (ValueError, OSError) as error:
         answer = {"error": str(error)}
     print("\n" + json.dumps(answer))
