@@ -403,7 +403,7 @@ for given, message in json.loads({json.dumps(json.dumps(cases))}):
 
 def test_runs_that_are_ended_come_to_the_same():
     "Four of the ways; `ASYPROXY_FUZZ=10` tries forty."
-    script = "import sys; sys.path.insert(0, '.ci'); import signals; signals.ended(int(sys.argv[1]))"
+    script = "import sys; sys.path.insert(0, '.ci'); import signals; signals.ended(int(sys.argv[1]), 0)"
     call(sys.executable, "-c", script, round(4 * float(os.environ.get("ASYPROXY_FUZZ", "1"))))
 
 
