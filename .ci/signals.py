@@ -114,7 +114,7 @@ def end_once(folder: Path, way: tuple, moment: float) -> bool:
         alive = left(folder)
     said, _ = process.communicate()
     assert not alive, f"{way}: {alive}"
-    assert "Traceback" not in said, f"{way}: {said}"
+    assert target == "kernel" or "Traceback" not in said, f"{way}: {said}"
     return True
 
 
