@@ -18,7 +18,7 @@ from asyproxy.experiment import (
 )
 from .environment import checkout, output_folder
 from .parameters import described
-from .record import images_of, owned, places, read_record
+from .record import images_of, owned, places, read_record, settled
 
 # %% ../../nbs/study/run.ipynb #5f0e48e8
 def find_notebook(
@@ -161,14 +161,6 @@ def _stamp(record: Path):
     "Tells a record from one that took its place."
     return (record.stat().st_ino, record.stat().st_mtime_ns) if record.exists() else None
 
-
-def _settle(folder: Path, *files: Path):
-    "Moves what was made again to the place of what was there."
-    if folder.name == "again":
-        for file in files:
-            file.replace(folder.parent / file.name)
-        shutil.rmtree(folder)
-
 # %% ../../nbs/study/run.ipynb #acf27efc
 def _run(path: Path, values: dict, folder: Path, record: Path, draw: bool) -> dict:
     "Runs a notebook that this process owns."
@@ -182,7 +174,8 @@ def _run(path: Path, values: dict, folder: Path, record: Path, draw: bool) -> di
         shutil.rmtree(folder / ".jupyter", ignore_errors=True)
     if draw and reason or not draw and _stamp(record) == before:
         raise RuntimeError(f"{record.stem} failed: {reason or 'it wrote no record'}. See {executed} and {log}")
-    _settle(folder, executed, log)
+    if settled(folder, f"{stem}.*") != folder:
+        shutil.rmtree(folder)
     result = read_record(record)
     if reason:
         print(f"{record.stem}: the record is complete, but not all of it was drawn: {reason}. "
