@@ -213,7 +213,7 @@ class Checked:
         for name, value in checked(parameters(type(self)), vars(self)).items():
             object.__setattr__(self, name, value)
 
-# %% ../nbs/experiment.ipynb #96ab3896
+# %% ../nbs/experiment.ipynb #56891d17
 @dataclass(frozen=True)
 class Images(Checked):
     "Which images an experiment is about."
@@ -229,7 +229,13 @@ class Images(Checked):
         "0.5", "own folders: share of the classes that test, or a file with a class a line", path=True, identity=False,
         before=True)
     split_seed: int = parameter(
-        0, "own folders: draws the classes that test", within="[0, inf)", identity=False, before=True)
+        0, "draws the classes that test; 0: those of the data set", within="[0, inf)", identity=False, before=True)
+    image_size: int = parameter(
+        0, "side of the square that the backbone sees, in pixels; 0: that of the data set", within="[0, inf)",
+        before=True)
+    test_resize: int = parameter(
+        0, "shorter side before the test crop, in pixels; 0: in the proportion of the data set", within="[0, inf)",
+        before=True)
     cache: bool = parameter(False, "decode every image once into a cache, see nbs/data/cache", before=True)
 
 # %% ../nbs/experiment.ipynb #5c867b92
@@ -249,28 +255,38 @@ class Model(Images):
     initial_proxies: str = parameter(
         "random", "means: where a first pass finds the classes", choices=("random", "means"))
 
-# %% ../nbs/experiment.ipynb #e512a59f
+# %% ../nbs/experiment.ipynb #b8598624
 @dataclass(frozen=True)
 class Experiment(Model):
     "Everything that a run of the benchmark depends on."
     recalls: str = parameter(
         "1,2,4,8", "each K of Recall@K", within="[1, inf)", listed=int, identity=False, result=False)
     batch_size: int = parameter(32, "of all devices together", within="[1, inf)")
-    lr: float = parameter(2e-4, "of Adam; divided by 10 at half the epochs", within="(0, inf)", small=0.001)
+    lr: float = parameter(2e-4, "of Adam", within="(0, inf)", small=0.001)
+    projection_lr_factor: float = parameter(1.0, "times lr: that of the projection", within="[0, inf)")
+    weight_decay: float = parameter(0.0, "decoupled, of the weights of the model", within="[0, inf)")
     num_epochs: int = parameter(2, "passes over the training images", within="[1, inf)")
+    schedule: str = parameter(
+        "step", "of lr after the warm-up; step: a tenth from half the epochs on",
+        choices=("step", "cosine", "constant"))
+    warm_up: int = parameter(0, "first epochs, in which only projection and proxies learn", within="[0, inf)")
+    patience: int = parameter(
+        0, "epochs in a row without a better validation that end training; 0: none do", within="[0, inf)")
     seed: int = parameter(0, "of weights, proxies, batches and held-out classes", within="[0, inf)", result=False)
     precision: str = parameter("fp32", "of products; tf32 on a GPU only", choices=("fp32", "tf32", "bf16", "fp16"))
     compiled: bool = parameter(False, "the model through torch.compile")
     stop_on_collapse: bool = parameter(False, "after three epochs in a row with signs of one")
     validation: float = parameter(
         0.1, "share of the training classes that choose the epoch; 0: the last one", within="[0, 1)", small=0.3)
+    with_test: bool = parameter(True, "test at the end; the trials of a search do not")
     oracle: bool = parameter(
         False, "also test after each epoch, as older tables chose on the test set", result=False, small=True)
     device: str = parameter("auto", "auto, cpu, cuda, cuda:1, mps", result=False)
     devices: int = parameter(
         1, "processes that share each batch, on all nodes of a cluster", within="[1, inf)", result=False)
     num_workers: int = parameter(0, "processes that read images", within="[0, inf)", identity=False, result=False)
-    retrieval_num: int = parameter(8, "answers shown for a query", within="[1, inf)", identity=False, result=False)
+    retrieval_num: int = parameter(
+        8, "answers shown for a query; 0: no gallery", within="[0, inf)", identity=False, result=False)
 
 # %% ../nbs/experiment.ipynb #77ac6899
 def located(

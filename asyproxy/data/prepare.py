@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['OFFICIAL_ARE', 'OF_PAPERS', 'load_data', 'describe']
 
-# %% ../../nbs/data/prepare.ipynb #82bb2906
+# %% ../../nbs/data/prepare.ipynb #9bb04c02
 import os
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -181,7 +181,17 @@ def _locate(entry: DataSet, path: Path, *, cropped: bool, test_classes: str, spl
                          + (f": {reason}" if reason else ""))
     return found
 
-# %% ../../nbs/data/prepare.ipynb #82da2603
+# %% ../../nbs/data/prepare.ipynb #0e63f15a
+def _sized(data: ImageData, image_size: int, test_resize: int) -> ImageData:
+    "The same images in another size; 0: as the data set has it. Raises ValueError where the crop would not fit."
+    size = image_size or data.image_size
+    resize = test_resize or round(data.test_resize * size / data.image_size)
+    if resize < size:
+        raise ValueError(f"expected test_resize of at least image_size, {size} pixels, got {resize}: "
+                         "the test crop would not fit into the image")
+    return replace(data, image_size=size, test_resize=resize)
+
+# %% ../../nbs/data/prepare.ipynb #b3789c53
 def load_data(
     data_name: str,  # one of `DATA_SETS`; own: a folder for each class, or a table of open-metric-learning
     data_path: str | Path = "",  # folder of the images, or with `data_name` in it, or a CSV file; embedded: none
@@ -191,6 +201,8 @@ def load_data(
     skip_unreadable: bool = False,  # leave out files that cannot be read
     test_classes: str = "0.5",  # own folders: fraction of the classes that test, or a file with one class a line
     split_seed: int = 0,  # own folders: draws the classes that test
+    image_size: int = 0,  # side of the square that the model sees, in pixels; 0: that of the data set
+    test_resize: int = 0,  # shorter side before the test crop, in pixels; 0: in the proportion of the data set
     cache: bool = False,  # decode once into a cache, see asyproxy.data.cache
 ) -> ImageData:
     "Raises ValueError or FileNotFoundError that says what was expected, what is there and what to do."
@@ -199,14 +211,15 @@ def load_data(
         boxed = ", ".join(name for name, other in DATA_SETS.items() if other.boxes)
         raise ValueError(f"expected cropped for data with boxes ({boxed}), {data_name} has none")
     if entry.embedded:
-        return entry.load(data_path)
+        return _sized(entry.load(data_path), image_size, test_resize)
     path = _path(entry, data_name, data_path)
     if entry.load:
-        return entry.load(path, allow_incomplete=allow_incomplete)
+        return _sized(entry.load(path, allow_incomplete=allow_incomplete), image_size, test_resize)
     found = _locate(entry, path, cropped=cropped, test_classes=test_classes, split_seed=split_seed)
     root, table_name = (path.parent, f"{data_name}-{path.stem}") if path.is_file() else (path, data_name)
     data = _checked(data_name, root, table_name, found, cropped=cropped,
                     allow_incomplete=allow_incomplete, skip_unreadable=skip_unreadable)
+    data = _sized(data, image_size, test_resize)
     return build_cache(data) if cache else data
 
 # %% ../../nbs/data/prepare.ipynb #40e238c9
