@@ -110,7 +110,7 @@ def images_of(
 
     return load_data(**{name: values[name] for name in parameters(Images) if name in known})
 
-# %% ../../nbs/study/record.ipynb #cda6573a
+# %% ../../nbs/study/record.ipynb #93e789f6
 def _has_models(folder: Path, metrics: dict) -> bool:
     "Whether the models that were tested are there, as they were written; of a trial none was."
     from asyproxy.files import load_tensors
@@ -132,7 +132,7 @@ def _is_trained(folder: Path, record: Path, said: dict) -> bool:
     except (ValueError, KeyError, TypeError):  # no record, or that of a study which has no such history
         return False
 
-
+# %% ../../nbs/study/record.ipynb #2e0ff084
 def places(
     identity: str,  # id of a run
     said: dict,  # its parameters, as a record says them
@@ -145,7 +145,7 @@ def places(
         folder = folder / "again"
     return folder, record
 
-
+# %% ../../nbs/study/record.ipynb #9a7dcfa9
 def settled(
     folder: Path,  # of `places`
     pattern: str,  # of files below it

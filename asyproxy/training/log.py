@@ -25,11 +25,7 @@ def flat(
         values |= flat(value, f"{above}{name}/") if isinstance(value, dict) else {f"{above}{name}": value}
     return values
 
-# %% ../../nbs/training/log.ipynb #e35f8d79
-def _cell(value) -> str:
-    return "; ".join(value) if isinstance(value, list) else repr(value) if isinstance(value, float) else str(value)
-
-
+# %% ../../nbs/training/log.ipynb #9a97bba6
 def _seconds_told(path: Path) -> dict[str, str]:
     "Epoch -> its seconds, as a table says them."
     try:
@@ -38,7 +34,7 @@ def _seconds_told(path: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError, csv.Error):  # none yet, or none of ours
         return {}
 
-
+# %% ../../nbs/training/log.ipynb #f699bfcd
 def write_table(
     path: Path,  # of a CSV file
     history: list[dict],  # of `train`
@@ -46,12 +42,12 @@ def write_table(
 ):
     "A row for each epoch of the history."
     told = _seconds_told(path) | {str(history[-1]["epoch"]): f"{seconds:.1f}"}
-    rows = [{name: _cell(value) for name, value in flat(entry).items()} for entry in history]
+    rows = [flat(entry) | {"collapse": "; ".join(entry.get("collapse", []))} for entry in history]
     names = dict.fromkeys(name for row in rows for name in row)
     with write_atomically(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, [*names, "seconds"], restval="", lineterminator="\n")
         table.writeheader()
-        table.writerows(row | {"seconds": told.get(row["epoch"], "")} for row in rows)
+        table.writerows(row | {"seconds": told.get(str(row["epoch"]), "")} for row in rows)
 
 # %% ../../nbs/training/log.ipynb #4d93c20d
 class EpochLog:

@@ -138,7 +138,7 @@ def _over_processes(total: float, moments: torch.Tensor, images: int, criterion:
     proxies, chance = getattr(criterion, "proxies", None), getattr(criterion, "chance", None)
     return {"loss": loss, "geometry": geometry(sum_over_processes(moments), proxies, loss, chance)}
 
-# %% ../../nbs/training/loop.ipynb #d9b6dd0b
+# %% ../../nbs/training/loop.ipynb #215179de
 class _Plan(NamedTuple):
     lr: float
     lr_factor: float | None
@@ -158,12 +158,14 @@ class _Plan(NamedTuple):
             return by_class(images.targets, self.batch_size, self.per_class)
         return shuffled(len(images), self.batch_size)
 
-
-def _beginning(model: nn.Module, criterion: nn.Module, plan: _Plan) -> TrainingState:
-    "The state of a run before its first epoch."
+# %% ../../nbs/training/loop.ipynb #16a6c2de
+def _beginning(model: nn.Module, criterion: nn.Module, plan: _Plan, folder, settings: dict) -> TrainingState:
+    "The state of a run before its next epoch."
     optimizer = build_optimizer(model, criterion, plan.lr_factor, plan.projection_lr_factor, plan.weight_decay)
     scaler = torch.amp.GradScaler(next(model.parameters()).device.type, enabled=plan.precision == "fp16")
-    return TrainingState(model, criterion, optimizer, scaler)
+    state = TrainingState(model, criterion, optimizer, scaler)
+    resume(folder, state, settings)
+    return state
 
 # %% ../../nbs/training/loop.ipynb #2ceac8c2
 def _train_epoch(step, state: TrainingState, images: Dataset, epoch: int, plan: _Plan, workers: int, bar: tqdm) -> dict:
@@ -177,7 +179,7 @@ def _train_epoch(step, state: TrainingState, images: Dataset, epoch: int, plan: 
     total, seen, moments = _pass(step, state, read, bar.update)
     return {"epoch": epoch, "lr": lr, **_over_processes(total, moments, seen, state.criterion)}
 
-# %% ../../nbs/training/loop.ipynb #de055fab
+# %% ../../nbs/training/loop.ipynb #232c72b6
 def _check_numbers(plan: _Plan, patience: int):
     "Raises ValueError on a number out of range."
     for name in ("lr", "batch_size", "num_epochs"):
@@ -188,7 +190,7 @@ def _check_numbers(plan: _Plan, patience: int):
         if value is not None and not 0 <= value < math.inf:
             raise ValueError(f"expected {name} of at least 0, got {value}")
 
-
+# %% ../../nbs/training/loop.ipynb #194ff8f1
 def _check_batches(images: Dataset, plan: _Plan):
     "Raises ValueError on too few images, or batches that cannot be made of them."
     if len(images) < 2:
@@ -201,9 +203,10 @@ def _check_batches(images: Dataset, plan: _Plan):
         raise ValueError(f"expected images that know their classes (targets) for per_class, got a "
                          f"{type(images).__name__}")
 
-
-def _check_training(images: Dataset, plan: _Plan, patience: int, select: str | None):
+# %% ../../nbs/training/loop.ipynb #c3734fc3
+def _check_training(model: nn.Module, images: Dataset, plan: _Plan, patience: int, select: str | None):
     "Raises ValueError on everything that can be known before any work."
+    set_precision(plan.precision, next(model.parameters()).device)
     _check_numbers(plan, patience)
     if plan.schedule not in SCHEDULES:
         raise ValueError(f"expected schedule to be one of {', '.join(SCHEDULES)}, got {plan.schedule!r}")
@@ -246,15 +249,18 @@ def _tell(bar: tqdm, entry: dict, select: str | None):
     if entry["collapse"] and not bar.disable:
         print(f"epoch {entry['epoch']}: signs of a collapse: {'; '.join(entry['collapse'])}", flush=True)
 
-# %% ../../nbs/training/loop.ipynb #8112511c
-def _trained_epochs(make_step: Callable, state: TrainingState, plan: _Plan, left: Iterator[int]) -> Iterator[tuple]:
+# %% ../../nbs/training/loop.ipynb #5749cef4
+def _trained_epochs(
+    state: TrainingState, plan: _Plan, compiled: bool, select: str | None, patience: int, stop_on_collapse: bool,
+) -> Iterator[tuple[int, nn.Module]]:
     "For each epoch that is left its number and the step to train it with, while the backbone is frozen or is not."
-    step = None
-    for epoch in left:
+    device, step = next(state.model.parameters()).device, None
+    for epoch in epochs_left(state.history, plan.num_epochs, select=select, stop_on_collapse=stop_on_collapse,
+                             patience=patience, warm_up=plan.warm_up):
         with frozen(state.model.backbone, epoch <= plan.warm_up):
             if step is None or epoch == plan.warm_up + 1:
-                step = None  # one that is gone asks for no gradients
-                step = _shared(make_step(), next(state.model.parameters()).device)
+                autocast = set_precision(plan.precision, device)
+                step = _shared(Step(state.model, state.criterion, autocast, compiled), device)
             yield epoch, step
 
 # %% ../../nbs/training/loop.ipynb #528e4080
@@ -266,7 +272,7 @@ def _one_epoch(step, state: TrainingState, images: Dataset, epoch: int, plan: _P
     state.history.append(entry)
     _tell(bar, entry, select)
 
-# %% ../../nbs/training/loop.ipynb #a24d2dcd
+# %% ../../nbs/training/loop.ipynb #e11ced0f
 def train(
     model: EmbeddingModel,  # trained in place, on its device
     criterion: nn.Module,  # a loss, called with embeddings and class indices; its parameters are trained too
@@ -297,20 +303,16 @@ def train(
 ) -> list[dict]:  # one entry an epoch: epoch, lr, loss, geometry, validation, collapse (its signs)
     "Trains, or goes on with what `folder` holds. Raises ValueError before any work, MemoryError on too large a batch."
     own, select = folder if world()[0] == 0 else None, select if validate else None
-    plan = _Plan(lr, lr_factor, projection_lr_factor, weight_decay, batch_size, per_class, num_epochs, warm_up, schedule,
-                 seed, precision)
-    _check_training(images, plan, patience, select)
+    plan = _Plan(lr, lr_factor, projection_lr_factor, weight_decay, batch_size, per_class, num_epochs, warm_up,
+                 schedule, seed, precision)
+    _check_training(model, images, plan, patience, select)
     settings = {**(settings or {}), **plan._asdict()}
-    autocast = set_precision(precision, next(model.parameters()).device)
-    state = _beginning(model, criterion, plan)
-    resume(folder, state, settings)
+    state = _beginning(model, criterion, plan, folder, settings)
     if watch and not state.history:
         watch(0)
-    left = epochs_left(state.history, num_epochs, select=select, stop_on_collapse=stop_on_collapse, patience=patience,
-                       warm_up=warm_up)
     judge = partial(_judge, model, validate, select, floor)
     with EpochLog(own) as log:
-        for epoch, step in _trained_epochs(partial(Step, model, criterion, autocast, compiled), state, plan, left):
+        for epoch, step in _trained_epochs(state, plan, compiled, select, patience, stop_on_collapse):
             _one_epoch(step, state, images, epoch, plan, num_workers, judge, select, progress)
             if watch:
                 watch(epoch)

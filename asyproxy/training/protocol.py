@@ -186,7 +186,7 @@ def _check(experiment: Experiment, device: torch.device):
     check_recipe(num_epochs=experiment.num_epochs, warm_up=experiment.warm_up, patience=experiment.patience,
                  validated=experiment.validation > 0)
 
-# %% ../../nbs/training/protocol.ipynb #7a622aa5
+# %% ../../nbs/training/protocol.ipynb #0a48ab44
 def _check_weights(experiment: Experiment):
     words = parameters(Experiment)["weights"].words
     if experiment.weights not in words and not Path(experiment.weights).expanduser().is_file():
@@ -199,7 +199,7 @@ def _check_tests(data: ImageData, recalls: tuple[int, ...]):
     sides = [images for images in test_sets(data) if images is not None]
     check_answers(*(images.targets for images in sides), recalls=recalls, **photos_of(*sides))
 
-
+# %% ../../nbs/training/protocol.ipynb #7710fbdc
 def check_experiment(
     experiment: Experiment,  # to be trained and tested
     data: ImageData,  # its images, of which none is opened

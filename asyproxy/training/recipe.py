@@ -33,7 +33,7 @@ def learning_rate(
         return lr
     return lr * SCHEDULES[schedule](epoch - warm_up - 1, num_epochs - warm_up)
 
-# %% ../../nbs/training/recipe.ipynb #8ae7a7ec
+# %% ../../nbs/training/recipe.ipynb #5b25cf12
 def _of_model(model: nn.Module, projection_lr_factor: float, weight_decay: float) -> list[dict]:
     "The parameters of the model that learn and decay alike."
     groups = {}
@@ -43,7 +43,7 @@ def _of_model(model: nn.Module, projection_lr_factor: float, weight_decay: float
         groups.setdefault((factor, decay), []).append(parameter)
     return [{"params": params, "factor": factor, "weight_decay": decay} for (factor, decay), params in groups.items()]
 
-
+# %% ../../nbs/training/recipe.ipynb #ff0b881f
 def build_optimizer(
     model: nn.Module,  # on its device, with a projection
     criterion: nn.Module,  # the loss
@@ -60,7 +60,7 @@ def build_optimizer(
     fused = next(model.parameters()).device.type == "cuda" or None
     return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=fused)
 
-
+# %% ../../nbs/training/recipe.ipynb #abdef793
 def set_rate(
     optimizer: torch.optim.Optimizer,  # of `build_optimizer`
     lr: float,  # of this epoch
