@@ -24,7 +24,7 @@ from ..evaluation import check_answers, retrieval_metrics
 from ..experiment import Experiment, identity, numbers, parameters
 from ..files import write_atomically
 from ..loss import LOSSES, Diverged, build_loss, lr_factor, move_proxies, per_class, place_proxies
-from ..model import EmbeddingModel, embed, load_model, save_model
+from ..model import EmbeddingModel, check_image_size, embed, load_model, save_model
 from ..processes import joined, once, world
 from ..retrieval import build_database
 from .checkpoints import read_history
@@ -214,9 +214,10 @@ def check_experiment(
     experiment: Experiment,  # to be trained and tested
     data: ImageData,  # its images, of which none is opened
 ):
-    "Raises ValueError on what would fail later: device, loss, weights, classes to choose the epoch by, K of recalls."
+    "Raises ValueError on what would fail later: device, loss, weights, sizes, classes to choose the epoch by, recalls."
     _check(experiment, pick_device(experiment.device))
     _check_weights(experiment)
+    check_image_size(experiment.backbone_type, data.image_size)
     _, validation = hold_out_classes(data, experiment.validation, experiment.seed)
     if experiment.validation:
         try:
@@ -331,6 +332,7 @@ def test_model(
     _check_tests(data, recalls)
     seed_everything(evaluation.seed)
     model = load_model(path) if path else EmbeddingModel(evaluation.backbone_type, 1, weights=evaluation.weights)
+    check_image_size(model.backbone_type, data.image_size)
     model.to(pick_device(evaluation.device))
     found = evaluate(model, *tested, recalls=recalls, features=not path, num_workers=evaluation.num_workers)
     names = set(data.table["class_name"][data.table["split"] != "train"].astype(str))
