@@ -45,9 +45,9 @@ def _create(name: str, **options) -> nn.Module:
     except TypeError:  # it has no such option
         return create()
 
-# %% ../../nbs/model/timm_models.ipynb #1a2bfebe
+# %% ../../nbs/model/timm_models.ipynb #a6da2ac6
 def _pool_instead(pool: nn.Module) -> GlobalMaxPool | None:
-    "What takes the place of a pooling layer of timm; None: it stays."
+    "What a pooling layer of timm is to do; None: what it does."
     if getattr(pool, "pool_type", "") not in ("avg", "fast", "max"):
         return None
     shapes = {(1, 2): GlobalMaxPool(), (1, 2, 1, 1): GlobalMaxPool(keepdim=True)}
@@ -58,10 +58,9 @@ def _with_max_pooling(net: nn.Module) -> nn.Module:
     "The same network; its mean over a map is the maximum."
     from timm.layers import SelectAdaptivePool2d
 
-    for name, module in list(net.named_modules()):
+    for module in list(net.modules()):
         if isinstance(module, SelectAdaptivePool2d) and (instead := _pool_instead(module)):
-            parent, _, own = name.rpartition(".")
-            setattr(net.get_submodule(parent), own, instead)
+            module.pool, module.flatten = instead, nn.Identity()
     return net
 
 # %% ../../nbs/model/timm_models.ipynb #d4ef3dab
