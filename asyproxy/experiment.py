@@ -47,6 +47,13 @@ def _in_words(interval: str) -> str:
         return f"at least {low}" if interval[0] == "[" else f"> {low}"
     return f"in {interval}"
 
+# %% ../nbs/experiment.ipynb #ad86141e
+def _listed_at(place: str) -> tuple[str, ...]:
+    "The names in a catalogue, or from a function, such as asyproxy.loss:LOSSES; nothing is imported before."
+    module, _, name = place.partition(":")
+    catalogue = getattr(import_module(module), name)
+    return tuple(catalogue() if callable(catalogue) else catalogue)
+
 # %% ../nbs/experiment.ipynb #1faf0070
 @dataclass(frozen=True)
 class Parameter:
@@ -57,6 +64,7 @@ class Parameter:
     meaning: str  # in words, for the comment beside it
     within: str = ""  # interval of a number, or of each number of a list; "": any
     choices: tuple[str, ...] | str = ()  # the values it may have, or their catalogue, such as "asyproxy.loss:LOSSES"
+    family: tuple[str, ...] = ()  # beside a catalogue: how more values begin, and what lists them when one is asked for
     listed: type | None = None  # int, float or str: a text of such values, separated by commas
     path: bool = False  # a file or folder, if there is one of that name
     words: tuple[str, ...] = ()  # of a path: what means something else, whatever files there are
@@ -65,12 +73,14 @@ class Parameter:
     before: bool = False  # also what is measured before any training depends on it
     small: str | int | float | bool | None = None  # its value in tests of a whole study; None: the default
 
-    def names(self) -> tuple[str, ...]:
-        "The values that it may have; (): any that fits type and interval."
-        if not isinstance(self.choices, str):
-            return tuple(self.choices)
-        module, _, catalogue = self.choices.partition(":")
-        return tuple(getattr(import_module(module), catalogue))
+    def names(
+        self,
+        asked: str = "",  # a value, which may be of the family
+    ) -> tuple[str, ...]:
+        "The values that it may have, among which the one asked for would be; (): any that fits type and interval."
+        if self.family and str(asked).startswith(self.family[0]):
+            return _listed_at(self.family[1])
+        return _listed_at(self.choices) if isinstance(self.choices, str) else tuple(self.choices)
 
 # %% ../nbs/experiment.ipynb #8c12ef47
 def expectation(
@@ -79,7 +89,8 @@ def expectation(
 ) -> str:  # such as "in [0, 1]"; "" where nothing is expected but the type
     "What values a parameter may have, in words."
     if isinstance(parameter.choices, str):
-        return ", ".join(parameter.names()) if by_name else f"one of {parameter.choices.replace(':', '.')}"
+        more = f" or {parameter.family[0]}NAME" if parameter.family else ""
+        return (", ".join(parameter.names()) if by_name else f"one of {parameter.choices.replace(':', '.')}") + more
     if parameter.choices:
         return ("some of " if parameter.listed else "") + ", ".join(parameter.choices)
     return _in_words(parameter.within) if parameter.within else ""
@@ -162,7 +173,7 @@ def hint(
 
 
 def _fits(parameter: Parameter, value) -> bool:
-    names = () if value == parameter.default else parameter.names()  # a default is known to fit
+    names = () if value == parameter.default else parameter.names(value)  # a default is known to fit
     values = [value]
     if parameter.listed is str:
         values = value.split(",")
@@ -185,7 +196,8 @@ def complaint(
     expected = expectation(parameter, by_name=True) or "a value"
     kind = {int: "whole numbers ", float: "numbers "}.get(parameter.listed, "")
     several = " separated by commas" if parameter.listed else ""
-    return f"expected {parameter.name} to be {kind}{expected}{several}, got {value!r}{hint(value, parameter.names())}"
+    near = hint(value, parameter.names(value))
+    return f"expected {parameter.name} to be {kind}{expected}{several}, got {value!r}{near}"
 
 # %% ../nbs/experiment.ipynb #5f3262ad
 def checked(
@@ -243,7 +255,8 @@ class Images(Checked):
 class Model(Images):
     "What an experiment trains, and what it is trained by."
     backbone_type: str = parameter(
-        "lite0", "backbone", choices="asyproxy.model:BACKBONES", before=True, small="convnet")
+        "lite0", "backbone", choices="asyproxy.model:BACKBONES", family=("timm:", "asyproxy.model:timm_names"),
+        before=True, small="convnet")
     weights: str = parameter(
         "pretrained", '"pretrained", "random" or the path of a local file', path=True, words=("pretrained", "random"),
         before=True, small="random")

@@ -14,7 +14,7 @@ import re
 import textwrap
 import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -224,7 +224,7 @@ _SETTINGS = {"mathtext.fontset": "stix", "font.size": 9, "figure.dpi": 110, "sav
 
 
 def use_style(
-    losses: Iterable[str] = (),  # names of all losses in the order of their colours, such as asyproxy.loss.LOSSES
+    losses: Iterable[str] = (),  # all losses in the order of their colours, or a table with titles: asyproxy.loss.LOSSES
 ):
     "Sets matplotlib's style for the study's figures."
     try:
@@ -238,6 +238,8 @@ def use_style(
     warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # save_figure names them, once
     for loss in losses:
         loss_number(loss)
+        if isinstance(losses, Mapping):
+            NAMES[loss] = losses[loss].title
 
 # %% ../../nbs/figures/style.ipynb #dfb239ed
 def save_figure(

@@ -5,16 +5,14 @@
 # %% auto #0
 __all__ = ['LearnableProxyLoss']
 
-# %% ../../nbs/loss/learnable.ipynb #1c983aac
-import math
-
+# %% ../../nbs/loss/learnable.ipynb #0bf4bdc9
 import torch
 from torch import nn
 
-from .proxies import (check_call, check_temperature, cross_entropies, proxy_similarities,
-                                   random_proxies, unit_rows, whole_batch)
+from .proxies import (check_call, check_margin, check_temperature, cross_entropies, loss_of_guess,
+                                   proxy_similarities, random_proxies, unit_rows, whole_batch)
 
-# %% ../../nbs/loss/learnable.ipynb #ebb6c21f
+# %% ../../nbs/loss/learnable.ipynb #7c5fc128
 class LearnableProxyLoss(nn.Module):
     "Cross entropy over cosine similarities to one proxy a class; the proxies are a parameter."
 
@@ -24,16 +22,18 @@ class LearnableProxyLoss(nn.Module):
         feature_dim: int,  # D, dimensions of an embedding
         *,
         temperature: float = 0.03,  # t > 0, divides the cosines
+        margin: float = 0.0,  # in [0, 1], taken from the cosine of the own class
     ):
         super().__init__()
         check_temperature(temperature)
-        self.temperature = temperature
+        check_margin(margin)
+        self.temperature, self.margin = temperature, margin
         self.proxies = nn.Parameter(random_proxies(num_classes, feature_dim))
 
     @property
-    def chance(self) -> float:  # ln C
+    def chance(self) -> float:  # ln C without a margin
         "The loss of a guess, all classes alike."
-        return math.log(len(self.proxies))
+        return loss_of_guess(len(self.proxies), self.margin / self.temperature)
 
     def forward(
         self,
@@ -42,8 +42,9 @@ class LearnableProxyLoss(nn.Module):
         indices_tuple: None = None,  # for callers that follow pytorch-metric-learning; only None: every item counts
     ) -> torch.Tensor:  # scalar, mean over the batch
         "Raises ValueError on wrong shapes and labels out of range, Diverged on embeddings that are zero or not finite."
-        check_call(embeddings, labels, indices_tuple, self.proxies)
+        check_call(embeddings, labels, indices_tuple, self.proxies.shape[1])
         with torch.autocast(embeddings.device.type, enabled=False):
             unit = unit_rows(embeddings)
             _, _, count = whole_batch(unit, labels.long(), len(self.proxies), together=self.training)
-            return cross_entropies(proxy_similarities(unit, self.proxies) / self.temperature, labels).sum() / count
+            logits = proxy_similarities(unit, self.proxies) / self.temperature
+            return cross_entropies(logits, labels, self.margin / self.temperature).sum() / count

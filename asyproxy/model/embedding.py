@@ -6,7 +6,7 @@
 __all__ = ['FrozenBatchNorm', 'FeatureModel', 'EmbeddingModel', 'plain_state', 'load_plain_state', 'save_model', 'load_model',
            'embed']
 
-# %% ../../nbs/model/embedding.ipynb #d66f35e6
+# %% ../../nbs/model/embedding.ipynb #5d2bbfce
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from ..files import load_tensors, save_tensors
-from .backbones import BACKBONES, build_backbone
+from .backbones import build_backbone, describe_backbone
 from .weights import check_finite
 from ..processes import gather_rows, share
 
@@ -36,7 +36,7 @@ def _per_channel(
     "A mean or standard deviation for images in 0 ... 255."
     return 255 * torch.tensor(values, **options).reshape(1, 3, 1, 1)
 
-# %% ../../nbs/model/embedding.ipynb #961e4625
+# %% ../../nbs/model/embedding.ipynb #a3dd932e
 class FrozenBatchNorm(nn.Module):
     "A module whose training mode leaves the running statistics of BatchNorm as they are."
 
@@ -46,7 +46,7 @@ class FrozenBatchNorm(nn.Module):
     ):
         super().train(mode)
         for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):  # of any dimension, and what others derive
                 module.eval()
         return self
 
@@ -58,18 +58,18 @@ def _statistics(model: "FeatureModel") -> tuple[torch.Tensor, torch.Tensor]:
     options = {"dtype": model.mean.dtype, "device": model.mean.device}
     return _per_channel(model.kind.mean, **options), _per_channel(model.kind.std, **options)
 
-# %% ../../nbs/model/embedding.ipynb #1d9b93fb
+# %% ../../nbs/model/embedding.ipynb #ee01242f
 class FeatureModel(FrozenBatchNorm):
     "Images (N, 3, H, W), uint8 RGB -> features (N, width) of a backbone."
 
     def __init__(
         self,
-        backbone_type: str,  # one of `BACKBONES`
+        backbone_type: str,  # one of `BACKBONES`, or timm:NAME
         *,
         weights: str = "pretrained",  # "pretrained", "random", or the path of a local file
     ):
         super().__init__()
-        self.backbone_type, self.kind = backbone_type, BACKBONES[backbone_type]
+        self.backbone_type, self.kind = backbone_type, describe_backbone(backbone_type)
         self.backbone = build_backbone(backbone_type, weights)
         self.backbone.to(memory_format=torch.channels_last)  # twice as fast for `lite0` on a CPU
         self.register_buffer("mean", _per_channel(self.kind.mean), persistent=False)
@@ -93,21 +93,20 @@ class FeatureModel(FrozenBatchNorm):
         pooled = self.backbone(self.normalise(images))
         return F.layer_norm(pooled, (self.kind.width,)) if self.kind.layer_norm else pooled
 
-# %% ../../nbs/model/embedding.ipynb #2371ea3b
+# %% ../../nbs/model/embedding.ipynb #33c4d022
 def _check_choice(backbone_type: str, feature_dim: int):
     "Raises ValueError where there is no such model."
-    if backbone_type not in BACKBONES:
-        raise ValueError(f"expected backbone_type to be one of {', '.join(BACKBONES)}, got {backbone_type!r}")
+    describe_backbone(backbone_type)
     if feature_dim < 1:
         raise ValueError(f"expected a feature_dim of at least 1, got {feature_dim}")
 
-# %% ../../nbs/model/embedding.ipynb #d0476eb6
+# %% ../../nbs/model/embedding.ipynb #d63507fe
 class EmbeddingModel(FeatureModel):
     "Images (N, 3, H, W), uint8 RGB -> embeddings (N, feature_dim), rows of unit length."
 
     def __init__(
         self,
-        backbone_type: str,  # one of `BACKBONES`
+        backbone_type: str,  # one of `BACKBONES`, or timm:NAME
         feature_dim: int = 512,  # D
         *,
         weights: str = "pretrained",  # "pretrained", "random", or the path of a local file

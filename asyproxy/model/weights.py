@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['fetch_weights', 'read_weights', 'check_finite', 'load_backbone_weights']
 
-# %% ../../nbs/model/weights.ipynb #f6914b29
+# %% ../../nbs/model/weights.ipynb #64c22bef
 import hashlib
 import re
 import shutil
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -128,14 +128,14 @@ def _prefixes(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> l
     starts = {name.removesuffix(wanted) for wanted in own for name in state if name.endswith(f".{wanted}")}
     return ["", *sorted(starts, key=lambda start: (len(start), start))]
 
-# %% ../../nbs/model/weights.ipynb #66b2d146
-_HEADS = ("fc.", "last_linear.", "classifier.", "aux1.", "aux2.")
+# %% ../../nbs/model/weights.ipynb #5653709e
+_HEADS = ("fc.", "last_linear.", "classifier.", "aux1.", "aux2.", "head.", "head_dist.")
 
 
 def _mend(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
     "The tensors below a prefix without it and without heads, and with vectors where the network has vectors."
     state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(_HEADS)}
+    state = {name: tensor for name, tensor in state.items() if name in own or not name.startswith(_HEADS)}
     for name in own.keys() & state.keys():
         if state[name].ndim == 2 and own[name].ndim == 1 and state[name].shape[0] == 1:
             state[name] = state[name][0]
@@ -167,15 +167,33 @@ def check_finite(
         raise ValueError(f"expected finite weights in {path}, got NaN or infinity in {len(wrong)} of {len(tensors)} "
                          f"tensors, such as {min(wrong)}: the training diverged; take an earlier file")
 
-# %% ../../nbs/model/weights.ipynb #9dd83316
-def _fitting(held: object, own: dict[str, torch.Tensor], path: str | Path) -> dict[str, torch.Tensor]:
-    "The tensors of a network in what a file holds. Raises ValueError."
+# %% ../../nbs/model/weights.ipynb #b619a89e
+def _found(held: object, own: dict[str, torch.Tensor], path: str | Path) -> dict[str, dict[str, torch.Tensor]]:
+    "All that may be the tensors of a network, by where they lie. Raises ValueError where there are none."
     found = {}
     for place, state in _states(held):
         found |= {f"{place}{prefix and f' after {prefix}'}": _mend(state, own, prefix)
                   for prefix in _prefixes(state, own)}
     if not found:
         raise ValueError(f"expected a state dict in {path}, got {_described(held)}. {_ALONE}")
+    return found
+
+# %% ../../nbs/model/weights.ipynb #c5cc3e3a
+def _converted(found: dict[str, dict], own: dict[str, torch.Tensor], convert: Callable[[dict], dict] | None) -> dict:
+    "The same, by the names of the network."
+    if convert is None or any(not _misfits(state, own) for state in found.values()):
+        return found
+    converted = {}
+    for where, state in found.items():
+        try:
+            converted[where] = _mend(convert(dict(state)), own)
+        except Exception:  # whatever a conversion of other tensors raises
+            converted[where] = state
+    return converted
+
+# %% ../../nbs/model/weights.ipynb #dd247698
+def _fitting(found: dict[str, dict], own: dict[str, torch.Tensor], path: str | Path) -> dict[str, torch.Tensor]:
+    "The tensors of a network among those that were found. Raises ValueError."
     wrong = {where: _misfits(state, own) for where, state in found.items()}
     nearest = min(wrong, key=lambda where: sum(map(len, wrong[where].values())))
     if wrong[nearest]:
@@ -192,16 +210,17 @@ def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(
         one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one)
 
-# %% ../../nbs/model/weights.ipynb #f706d4ba
+# %% ../../nbs/model/weights.ipynb #3909de67
 def load_backbone_weights(
     net: nn.Module,  # a backbone without its classifier
     path: str | Path,  # safetensors, or a file of torch.save: its tensors, perhaps with a prefix or below a name
+    convert: Callable[[dict], dict] | None = None,  # from names of its authors to those of the network
 ):
     """Loads a backbone's weights, also those of a model or checkpoint of this package.
 
     Raises FileNotFoundError, or ValueError where a tensor is missing, unknown, not finite or of another shape or type,
     where several networks fit, and where the file can't be read without running code."""
     own = net.state_dict()
-    state = _fitting(read_weights(path), own, path)
+    state = _fitting(_converted(_found(read_weights(path), own, path), own, convert), own, path)
     check_finite(state, path, own)
     net.load_state_dict(state, strict=False)

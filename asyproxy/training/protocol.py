@@ -23,8 +23,8 @@ from ..data import ImageData, ImageSet, hold_out_classes, load_data, test_rows, 
 from ..evaluation import check_answers, retrieval_metrics
 from ..experiment import Experiment, identity, numbers, parameters
 from ..files import write_atomically
-from ..loss import LOSSES, Diverged, build_loss, lr_factor, move_proxies
-from ..model import EmbeddingModel, embed, load_model, save_model
+from ..loss import LOSSES, Diverged, build_loss, lr_factor, move_proxies, per_class, place_proxies
+from ..model import EmbeddingModel, check_image_size, embed, load_model, save_model
 from ..processes import joined, once, world
 from ..retrieval import build_database
 from .checkpoints import read_history
@@ -111,7 +111,7 @@ def _begin_at_means(criterion: nn.Module, model: EmbeddingModel, images: Dataset
     embeddings, labels = embed(model, images, num_workers=num_workers)
     proxies = criterion.proxies
     moved = move_proxies(proxies, embeddings.to(proxies.device), labels.to(proxies.device), 1.0)
-    criterion.load_state_dict({**criterion.state_dict(), "proxies": moved})
+    place_proxies(proxies, moved)
 
 # %% ../../nbs/training/protocol.ipynb #e2354e97
 SELECT = "recall@1"  # the metric that the epoch is chosen by
@@ -148,6 +148,13 @@ def checkpoint_settings(
     tested = {"recalls": experiment.recalls} if experiment.oracle else {}
     return settings | tested | {"data": data.fingerprint()["sha256"]}
 
+# %% ../../nbs/training/protocol.ipynb #23498aa5
+def _of_loss(experiment: Experiment) -> dict:
+    "What `train` has to know of a loss."
+    known = {"lr_factor": lr_factor(experiment.loss, experiment.loss_options),
+             "per_class": per_class(experiment.loss, experiment.loss_options)}
+    return {name: value for name, value in known.items() if name in inspect.signature(train).parameters}
+
 # %% ../../nbs/training/protocol.ipynb #bbb0f476
 def _train(experiment: Experiment, folder: Path, device: torch.device, data: ImageData, settings: dict) -> list[dict]:
     "In one process, which may be one of many."
@@ -157,23 +164,31 @@ def _train(experiment: Experiment, folder: Path, device: torch.device, data: Ima
     model.class_names = images.class_names
     criterion = starting_loss(experiment, len(images.classes))
     model, criterion = model.to(device), criterion.to(device)
-    if experiment.initial_proxies == "means":
+    if experiment.initial_proxies == "means" or LOSSES[experiment.loss].at_means:
         _begin_at_means(criterion, model, ImageSet(data, train_rows), experiment.num_workers)
     validate, select = _validation(experiment, data, validation_rows), SELECT if experiment.validation else None
     floor = validate(model, features=True)[SELECT] if select else None
     history = train(model, criterion, images, validate=validate, select=select, floor=floor, folder=folder,
-                    lr_factor=lr_factor(experiment.loss, experiment.loss_options), settings=settings,
-                    **taken_by(train, experiment))
+                    settings=settings, **_of_loss(experiment), **taken_by(train, experiment))
     if world()[0] == 0:
         save_model(model, folder / "last_model.safetensors")
     return history
+
+# %% ../../nbs/training/protocol.ipynb #8bc26586
+def _check_batches(experiment: Experiment):
+    "Raises ValueError on options of the loss, and where the images of a class that it needs do not fill a batch."
+    count, size = per_class(experiment.loss, experiment.loss_options), experiment.batch_size
+    if count and (size % count or size < 2 * count):
+        raise ValueError(f"expected a batch_size of {count} images of each of two or more classes, which "
+                         f"{experiment.loss} needs, such as {max(2, size // count) * count}, got {size}: "
+                         "per_class among the loss_options is another number of images")
 
 # %% ../../nbs/training/protocol.ipynb #bd4f9383
 def _check(experiment: Experiment, device: torch.device):
     "Raises ValueError on a combination that cannot be."
     set_precision(experiment.precision, device)
     entry = LOSSES[experiment.loss]
-    lr_factor(experiment.loss, experiment.loss_options)
+    _check_batches(experiment)
     if experiment.devices > 1 and device.type not in ("cpu", "cuda"):
         raise ValueError(f"expected one device, or several of cpu or cuda, got {experiment.devices} of {device}")
     if experiment.devices > 1 and not entry.several_processes:
@@ -204,9 +219,10 @@ def check_experiment(
     experiment: Experiment,  # to be trained and tested
     data: ImageData,  # its images, of which none is opened
 ):
-    "Raises ValueError on what would fail later: device, loss, weights, classes to choose the epoch by, K of recalls."
+    "Raises ValueError on what would fail later: device, loss, weights, sizes, classes to choose the epoch by, recalls."
     _check(experiment, pick_device(experiment.device))
     _check_weights(experiment)
+    check_image_size(experiment.backbone_type, data.image_size)
     _, validation = hold_out_classes(data, experiment.validation, experiment.seed)
     if experiment.validation:
         try:
@@ -323,6 +339,7 @@ def test_model(
     _check_tests(data, recalls)
     seed_everything(evaluation.seed)
     model = load_model(path) if path else EmbeddingModel(evaluation.backbone_type, 1, weights=evaluation.weights)
+    check_image_size(model.backbone_type, data.image_size)
     model.to(pick_device(evaluation.device))
     found = evaluate(model, *tested, recalls=recalls, features=not path, num_workers=evaluation.num_workers)
     names = set(data.table["class_name"][data.table["split"] != "train"].astype(str))
