@@ -16,11 +16,11 @@ from asyproxy.study.plan_values import (
 )
 from .search import Choices, Range, Search
 
-# %% ../../nbs/study/plan_parts.ipynb #a09ddfca
+# %% ../../nbs/study/plan_parts.ipynb #dde25579
 @dataclass(frozen=True)
 class Part:
     "Some runs of one notebook."
-    name: str
+    name: str  # in the plan
     notebook: str  # a study, or the path of a notebook
     points: tuple[dict, ...]  # parameters of each run, or of each search
     varied: tuple[str, ...] = ()  # parameters of list and grid, by which the points differ
@@ -28,7 +28,7 @@ class Part:
     best_of: str = ""  # a search above
     taken: tuple[int, ...] = ()  # of a part with best_of: the point of that search whose winner each point takes
 
-# %% ../../nbs/study/plan_parts.ipynb #54294f9c
+# %% ../../nbs/study/plan_parts.ipynb #4f56af53
 def _range(notebook: Notebook, name: str, entry: dict) -> Range:
     "Raises ValueError."
     kind = float if name.startswith(OPTION) else notebook.known[name].type
@@ -43,7 +43,7 @@ def _range(notebook: Notebook, name: str, entry: dict) -> Range:
         raise ValueError(f"expected low < high{', and low > 0 where log is true' if log else ''}, got {low} and {high}")
     return Range(kind(low), kind(high), log, kind is int)
 
-
+# %% ../../nbs/study/plan_parts.ipynb #e436685a
 def _drawn_from(notebook: Notebook, name: str, entry: dict) -> Range | Choices:
     "Raises ValueError."
     if ("choices" in entry) == ("low" in entry or "high" in entry):
@@ -59,7 +59,7 @@ def _drawn_from(notebook: Notebook, name: str, entry: dict) -> Range | Choices:
         raise ValueError(f"expected each choice once, got {entry['choices']}")
     return Choices(values)
 
-# %% ../../nbs/study/plan_parts.ipynb #a764b3a7
+# %% ../../nbs/study/plan_parts.ipynb #fc38b61f
 def _when(notebook: Notebook, value, points: list[dict]) -> dict[str, list]:
     "For each parameter the values at which something is searched. Raises ValueError."
     if value is None:
@@ -73,7 +73,7 @@ def _when(notebook: Notebook, value, points: list[dict]) -> dict[str, list]:
                              f"got {missing[0]}{hint(missing[0], map(str, there))}")
     return wanted
 
-
+# %% ../../nbs/study/plan_parts.ipynb #6d95e712
 def _space(notebook: Notebook, value, points: list[dict]) -> list[tuple[str, Range | Choices, dict]]:
     "Parameter, what it may be, and when. Raises ValueError."
     entries = dict(mapping_of(value))
@@ -122,7 +122,7 @@ def _search(notebook: Notebook, mapping: dict) -> Search:
         raise ValueError(f"expected metric to be {', '.join(METRICS)}, got {metric!r}{hint(metric, METRICS)}")
     return Search(space=(), metric=metric, **found)
 
-# %% ../../nbs/study/plan_parts.ipynb #cbd0ad0d
+# %% ../../nbs/study/plan_parts.ipynb #72407443
 TRIAL = {"with_test": False, "retrieval_num": 0}
 
 
@@ -141,12 +141,13 @@ def _check_point(notebook: Notebook, search: Search, point: dict):
     if "validation" in searched or not (point | repeated).get("validation", notebook.defaults["validation"]):
         raise ValueError("expected a fixed share of validation, over 0, by which trials can be compared")
 
-
+# %% ../../nbs/study/plan_parts.ipynb #cc013b36
 def _searches(notebook: Notebook, value, points: tuple[dict, ...]) -> tuple[Search, ...]:
     "A search for each point. Raises ValueError."
     mapping = mapping_of(value, ("trials", "seed", "generation", "space", "rungs", "repeats", "metric"))
     if missing := {"validation", *TRIAL} - notebook.known.keys():
-        raise ValueError(f"expected a notebook with {', '.join(sorted(missing))}, such as benchmark, got {notebook.name}")
+        raise ValueError(f"expected a notebook with {', '.join(sorted(missing))}, such as benchmark, "
+                         f"got {notebook.name}")
     search, found = _search(notebook, mapping), []
     with at("space"):
         space = _space(notebook, mapping.get("space"), points)
@@ -157,7 +158,7 @@ def _searches(notebook: Notebook, value, points: tuple[dict, ...]) -> tuple[Sear
         _check_point(notebook, found[-1], point)
     return tuple(found)
 
-# %% ../../nbs/study/plan_parts.ipynb #38496828
+# %% ../../nbs/study/plan_parts.ipynb #23f097c5
 def _best_of(name, before: list[Part], names: list[str]) -> Part:
     "The search that a part takes winners of. Raises ValueError."
     searches = {part.name: part for part in before if part.searches}
@@ -167,7 +168,7 @@ def _best_of(name, before: list[Part], names: list[str]) -> Part:
                          f"{hint(name, searches)}")
     return searches[name]
 
-
+# %% ../../nbs/study/plan_parts.ipynb #9c5ac549
 def _matched(search: Part, fixed: dict, points: list[dict]) -> list[tuple[int, dict]]:
     "Each point of a search with the points that agree with it. Raises ValueError on one that agrees with none."
     for name in search.varied:
@@ -183,7 +184,7 @@ def _matched(search: Part, fixed: dict, points: list[dict]) -> list[tuple[int, d
     return [(place, fixed | point) for place, other in enumerate(search.points) for point in points
             if agree(point, other)]
 
-# %% ../../nbs/study/plan_parts.ipynb #7cd00afa
+# %% ../../nbs/study/plan_parts.ipynb #ad3ad272
 KEYS = ("name", "notebook", "fixed", "list", "grid", "search", "best_of")
 
 
@@ -196,7 +197,7 @@ def _plain(mapping: dict, notebook: Notebook) -> tuple[Part, dict, list[dict]]:
     check_once([set(fixed), set(varied)], "fixed, list and grid")
     return Part(mapping["name"], notebook.name, tuple(fixed | point for point in points), varied), fixed, points
 
-
+# %% ../../nbs/study/plan_parts.ipynb #9c64ccaf
 def read_part(
     mapping: dict,  # from YAML
     before: list[Part],  # those above it

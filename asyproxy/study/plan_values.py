@@ -37,7 +37,7 @@ def in_words(
     "Some parameters in words."
     return ", ".join(f"{name} {value}" for name, value in point.items()) or "the only point"
 
-# %% ../../nbs/study/plan_values.ipynb #1aef792c
+# %% ../../nbs/study/plan_values.ipynb #9f1ca121
 def mapping_of(
     value,  # from YAML
     known: Iterable[str] = (),  # keys that it may have; (): any
@@ -49,7 +49,7 @@ def mapping_of(
         raise ValueError(f"expected keys among {', '.join(known)}, got {unknown[0]}{hint(unknown[0], known)}")
     return value
 
-
+# %% ../../nbs/study/plan_values.ipynb #244ff4ff
 def list_of(
     value,  # from YAML
 ) -> list:  # with at least one value
@@ -82,7 +82,7 @@ def _expanded(text: str, is_path: bool) -> str:
         return os.environ[match[1]]
     return re.sub(r"\$\{([^{}]*)\}", value, text)
 
-# %% ../../nbs/study/plan_values.ipynb #7a5fc500
+# %% ../../nbs/study/plan_values.ipynb #39b90e5f
 OPTION = "loss_options."  # in front of the name of an option of the loss
 
 
@@ -103,7 +103,7 @@ def flat(
         flattened |= _options(value) if name == "loss_options" else {name: value}
     return flattened
 
-
+# %% ../../nbs/study/plan_values.ipynb #f816498a
 def joined(
     values: dict,  # of `flat`
 ) -> dict:  # as a run takes them
@@ -113,28 +113,40 @@ def joined(
     text = ",".join(f"{name.removeprefix(OPTION)}={value}" for name, value in options)
     return said | ({"loss_options": text} if text else {})
 
-# %% ../../nbs/study/plan_values.ipynb #497c8b19
+# %% ../../nbs/study/plan_values.ipynb #98267dba
+def _option(name: str, value):
+    "Raises ValueError on what is no number, nor the text of one."
+    if value is None or isinstance(value, bool | list | dict):
+        raise ValueError(f"expected a number as option {name} of the loss, got {value!r}")
+    return value
+
+# %% ../../nbs/study/plan_values.ipynb #97ef7ca3
 @dataclass(frozen=True)
 class Notebook:
     "What a part may set."
     name: str  # a study, or the path of a notebook
     known: dict[str, Parameter]  # its parameters, in its order
     defaults: dict  # their values
-    path: Path
+    path: Path  # of the file
 
-    def fit(self, name: str, value):
+    def fit(
+        self,
+        name: str,  # of a parameter
+        value,  # from YAML
+    ):
         "The value of a parameter in its type. Raises ValueError."
         if name.startswith(OPTION) and "loss_options" in self.known:
-            if value is None or isinstance(value, bool | list | dict):
-                raise ValueError(f"expected a number as option {name.removeprefix(OPTION)} of the loss, got {value!r}")
-            return value
+            return _option(name.removeprefix(OPTION), value)
         if name not in self.known:
             notebook_parameters(self.path, {name: value})
         if isinstance(value, str):
             value = _expanded(value, self.known[name].path)
         return checked(self.known, {name: value})[name]
 
-    def fitted(self, values: dict) -> dict:
+    def fitted(
+        self,
+        values: dict,  # parameter -> value, from YAML
+    ) -> dict:
         "Parameters in their types. Raises ValueError."
         return {name: self.fit(name, value) for name, value in flat(values).items()}
 
@@ -166,7 +178,7 @@ def check_once(
             raise ValueError(f"expected each parameter once in {where}, got {sorted(both)[0]} twice")
         seen |= some
 
-# %% ../../nbs/study/plan_values.ipynb #9fc0014c
+# %% ../../nbs/study/plan_values.ipynb #03624877
 def axes_of(
     notebook: Notebook,  # that has the parameters
     grid,  # from YAML: parameter -> values
@@ -180,7 +192,7 @@ def axes_of(
                 axes.append([notebook.fitted({one: value}) for value in list_of(listed)])
     return axes
 
-
+# %% ../../nbs/study/plan_values.ipynb #53b44dd0
 def points_of(
     notebook: Notebook,  # that has the parameters
     part: dict,  # from YAML, with a list, a grid, both or none

@@ -27,13 +27,13 @@ class Choices:
     "Values that a trial may draw."
     values: tuple  # of text, numbers or truth values
 
-# %% ../../nbs/study/search.ipynb #e93b2710
+# %% ../../nbs/study/search.ipynb #fd441988
 @dataclass(frozen=True)
 class Search:
     "How one set of values is looked for."
     trials: int  # draws in all
     space: tuple[tuple[str, Range | Choices], ...]  # parameter -> what it may be
-    seed: int = 0  # of the draws
+    seed: int = 0  # of the draws; the same for every point of a plan
     generation: int = 4  # trials that are drawn at once, with the same knowledge
     epochs: tuple[int, ...] = ()  # num_epochs of each rung, ascending; (): one rung with the epochs of the plan
     eta: int = 2  # one in so many goes on to the next rung
@@ -92,10 +92,10 @@ def _used(one: Range | Choices, value):
         return value
     return min(max(float(f"{value:.4g}"), one.low), one.high)
 
-# %% ../../nbs/study/search.ipynb #9819d22e
+# %% ../../nbs/study/search.ipynb #c96957a4
 @lru_cache(maxsize=None)
 def asked(
-    search: Search,
+    search: Search,  # with at least one parameter to search
     told: tuple[float | None, ...],  # values of all trials of the generations before
 ) -> tuple[tuple[tuple[str, object], ...], ...]:  # parameters of each trial of the next generation
     "The next generation: it follows from the search and from what it was told."
