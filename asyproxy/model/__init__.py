@@ -7,7 +7,8 @@ __all__ = ['BACKBONES', 'Backbone', 'GlobalMaxPool', 'EmbeddingModel', 'check_im
            'load_model', 'save_model', 'timm_names']
 
 # %% ../../nbs/model/index.ipynb #c5adecbf
-from .backbones import BACKBONES, Backbone, GlobalMaxPool, describe_backbone
+from .backbones import BACKBONES, describe_backbone
+from .entry import Backbone, GlobalMaxPool
 from .embedding import EmbeddingModel, embed, load_model, save_model
 from .timm_models import check_image_size, timm_names
 
