@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['PeerLoss', 'norm_softmax', 'cosface', 'arcface', 'soft_triple', 'proxy_nca', 'proxy_anchor', 'multi_similarity']
 
-# %% ../../nbs/loss/peers.ipynb #abb4de48
+# %% ../../nbs/loss/peers.ipynb #74ff00e2
 from importlib import import_module
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .proxies import check_call, check_sizes, full_precision, loss_of_guess, whole_batch
@@ -56,9 +57,9 @@ class PeerLoss(nn.Module):
         "The library's loss of a batch."
         return self.loss(rows, labels)
 
-# %% ../../nbs/loss/peers.ipynb #576e5759
+# %% ../../nbs/loss/peers.ipynb #ee681b9e
 def _library(
-    part: str,  # losses, miners or regularizers
+    part: str,  # losses or miners
 ) -> ModuleType:
     "A part of pytorch-metric-learning. Raises ValueError where it is not installed."
     try:
@@ -105,7 +106,21 @@ def arcface(
     loss = _library("losses").ArcFaceLoss(num_classes, feature_dim, margin=margin, scale=scale)
     return PeerLoss(loss, num_classes, feature_dim, apart=True)
 
-# %% ../../nbs/loss/peers.ipynb #3f5f61c9
+# %% ../../nbs/loss/peers.ipynb #c9620a9f
+class _Merging(nn.Module):
+    "Half the mean distance between two centres of a class, (C * K, D) -> scalar."
+
+    def __init__(self, num_classes: int, centers: int):
+        super().__init__()
+        self.sizes = num_classes, centers, -1
+
+    def forward(self, centers: torch.Tensor) -> torch.Tensor:
+        unit = F.normalize(centers).view(self.sizes)
+        first, second = torch.triu_indices(unit.shape[1], unit.shape[1], 1)
+        cosines = (unit @ unit.mT)[:, first, second]
+        return (2 + 1e-5 - (2 * cosines).clamp(max=2)).sqrt().mean() / 2  # 1e-5 as in the official code
+
+# %% ../../nbs/loss/peers.ipynb #a237df3b
 def soft_triple(
     num_classes: int,  # C
     feature_dim: int,  # D, dimensions of an embedding
@@ -120,8 +135,7 @@ def soft_triple(
     check_sizes(num_classes, feature_dim)
     merging = {}
     if tau and centers > 1:
-        regularizer = _library("regularizers").SparseCentersRegularizer(num_classes, centers)
-        merging = {"weight_regularizer": regularizer, "weight_reg_weight": tau}
+        merging = {"weight_regularizer": _Merging(num_classes, centers), "weight_reg_weight": tau}
     loss = _library("losses").SoftTripleLoss(
         num_classes, feature_dim, centers_per_class=centers, la=scale, gamma=gamma, margin=margin, **merging)
     return PeerLoss(loss, num_classes, feature_dim, apart=True, chance=loss_of_guess(num_classes, scale * margin))
