@@ -75,7 +75,7 @@ def _size(node: yaml.Node, sizes: dict) -> int:
         raise ValueError(f"expected at most {LARGEST} values, got {got}, in line {node.start_mark.line + 1}")
     return size
 
-# %% ../../nbs/study/plan_file.ipynb #a954cb4d
+# %% ../../nbs/study/plan_file.ipynb #cbd9f96f
 def _parsed(text: str):
     "The value of a text. Raises ValueError."
     loader = None
@@ -93,7 +93,7 @@ def _parsed(text: str):
         if loader:
             loader.dispose()
 
-
+# %% ../../nbs/study/plan_file.ipynb #b912708b
 def read_yaml(
     path: str | Path,  # of a file
 ):  # dictionaries, lists, text, numbers, truth values, None

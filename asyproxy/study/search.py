@@ -27,13 +27,13 @@ class Choices:
     "Values that a trial may draw."
     values: tuple  # of text, numbers or truth values
 
-# %% ../../nbs/study/search.ipynb #e93b2710
+# %% ../../nbs/study/search.ipynb #fd441988
 @dataclass(frozen=True)
 class Search:
     "How one set of values is looked for."
     trials: int  # draws in all
     space: tuple[tuple[str, Range | Choices], ...]  # parameter -> what it may be
-    seed: int = 0  # of the draws
+    seed: int = 0  # of the draws; the same for every point of a plan
     generation: int = 4  # trials that are drawn at once, with the same knowledge
     epochs: tuple[int, ...] = ()  # num_epochs of each rung, ascending; (): one rung with the epochs of the plan
     eta: int = 2  # one in so many goes on to the next rung
@@ -92,10 +92,10 @@ def _used(one: Range | Choices, value):
         return value
     return min(max(float(f"{value:.4g}"), one.low), one.high)
 
-# %% ../../nbs/study/search.ipynb #9819d22e
+# %% ../../nbs/study/search.ipynb #c96957a4
 @lru_cache(maxsize=None)
 def asked(
-    search: Search,
+    search: Search,  # with at least one parameter to search
     told: tuple[float | None, ...],  # values of all trials of the generations before
 ) -> tuple[tuple[tuple[str, object], ...], ...]:  # parameters of each trial of the next generation
     "The next generation: it follows from the search and from what it was told."
@@ -108,9 +108,9 @@ def asked(
         _tell(study, trials, told[number:number + len(trials)])
         number += len(trials)
 
-# %% ../../nbs/study/search.ipynb #804356af
+# %% ../../nbs/study/search.ipynb #9f4f5ed9
 def sizes(
-    search: Search,
+    search: Search,  # with rungs or without
 ) -> list[int]:  # trials in each rung, if none fails
     "How many trials each rung trains."
     counts = [search.trials]
@@ -120,56 +120,35 @@ def sizes(
 
 
 def number_of_runs(
-    search: Search,
+    search: Search,  # with rungs or without
 ) -> int:
     "Of a search in which no trial fails."
     return sum(sizes(search)) * len(search.repeats)
 
-# %% ../../nbs/study/search.ipynb #f772a39c
+# %% ../../nbs/study/search.ipynb #7a0f077a
 @dataclass(frozen=True)
 class Standing:
     "Where a search stands."
-    open: tuple[dict, ...] = ()  # parameters of the runs that it waits for; (): it has ended
+    waiting: tuple[dict, ...] = ()  # parameters of the runs that may start or have not ended; (): the search has ended
     winner: dict | None = None  # parameters of the best trial, without the repeats; None: there is none (yet)
 
 
-def _runs(search: Search, trial: tuple, rung: int) -> list[dict]:
-    "The parameters of the runs of a trial."
-    epochs = {"num_epochs": search.epochs[rung]} if search.epochs else {}
-    return [{**dict(trial), **epochs, **dict(repeat)} for repeat in search.repeats]
+def _epochs(search: Search, rung: int) -> dict:
+    return {"num_epochs": search.epochs[rung]} if search.epochs else {}
 
 
-def _value(search: Search, outcomes: list) -> float | None:
-    "Of a trial: the mean of its runs."
-    values = [trial_value(outcome, search.metric) for outcome in outcomes]
-    return None if None in values else sum(values) / len(values)
-
-# %% ../../nbs/study/search.ipynb #be27e10d
 def _tried(search: Search, trials: list, rung: int, outcome: Callable) -> tuple[list[dict], list]:
     "The runs of a rung that have not ended; if all have, the values of its trials."
-    runs = [_runs(search, trial, rung) for trial in trials]
-    waiting = [run for several in runs for run in several if outcome(run) is None]
-    return waiting, [] if waiting else [_value(search, [outcome(run) for run in several]) for several in runs]
+    runs = [[dict(trial) | _epochs(search, rung) | dict(repeat) for repeat in search.repeats] for trial in trials]
+    if waiting := [run for several in runs for run in several if outcome(run) is None]:
+        return waiting, []
+    values = [[trial_value(outcome(run), search.metric) for run in several] for several in runs]
+    return [], [None if None in several else sum(several) / len(several) for several in values]
 
-
+# %% ../../nbs/study/search.ipynb #bb85ab2c
 def _ranking(values: list) -> list[int]:
     "The places of those that did not fail, the best first; of equals the first."
     return sorted((place for place, value in enumerate(values) if value is not None), key=lambda at: (-values[at], at))
-
-# %% ../../nbs/study/search.ipynb #547ba929
-def standing(
-    search: Search,
-    outcome: Callable[[dict], dict | str | None],  # of the run with these parameters; None: it has not ended
-) -> Standing:
-    "What a search waits for, or its winner: a pure function of the outcomes."
-    trials, told = [], ()
-    while len(told) < search.trials:
-        generation = asked(search, told)
-        waiting, values = _tried(search, generation, 0, outcome)
-        if waiting:
-            return Standing(tuple(waiting))
-        trials, told = trials + list(generation), told + tuple(values)
-    return _climbed(search, trials, list(told), outcome)
 
 
 def _climbed(search: Search, trials: list, values: list, outcome: Callable) -> Standing:
@@ -180,5 +159,19 @@ def _climbed(search: Search, trials: list, values: list, outcome: Callable) -> S
         if waiting:
             return Standing(tuple(waiting))
     best = [place for place in _ranking(values) if values[place] > -math.inf]
-    epochs = {"num_epochs": search.epochs[-1]} if search.epochs else {}
-    return Standing(winner={**dict(trials[best[0]]), **epochs} if best else None)
+    return Standing(winner=dict(trials[best[0]]) | _epochs(search, -1) if best else None)
+
+# %% ../../nbs/study/search.ipynb #9df2ab32
+def standing(
+    search: Search,  # with at least one parameter to search
+    outcome: Callable[[dict], dict | str | None],  # of the run with these parameters; None: it has not ended
+) -> Standing:
+    "What a search waits for, or its winner: it follows from the outcomes alone."
+    trials, told = [], ()
+    while len(told) < search.trials:
+        generation = list(asked(search, told))
+        waiting, values = _tried(search, generation, 0, outcome)
+        if waiting:
+            return Standing(tuple(waiting))
+        trials, told = trials + generation, told + tuple(values)
+    return _climbed(search, trials, list(told), outcome)
