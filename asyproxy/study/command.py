@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main', 'console']
 
-# %% ../../nbs/study/command.ipynb #869ea12b
+# %% ../../nbs/study/command.ipynb #096680b0
 import argparse
 import shlex
 import signal
@@ -13,9 +13,10 @@ import sys
 
 from ..experiment import Images, expectation, parameters
 from .environment import output_folder
-from .run import find_notebook, notebook_parameters, run
+from .record import BUSY, Busy
+from .run import Killed, find_notebook, notebook_parameters, run
 
-# %% ../../nbs/study/command.ipynb #c5e1eb78
+# %% ../../nbs/study/command.ipynb #f4b13e39
 def _add_run(commands):
     "The command `asyproxy run`."
     runner = commands.add_parser(
@@ -25,6 +26,7 @@ def _add_run(commands):
     runner.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                         help="a parameter of the notebook, may be repeated")
     runner.add_argument("--draw", action="store_true", help="draw the figures of its record again, without training")
+    runner.add_argument("--once", action="store_true", help="do nothing if its record is there, as a batch has it")
     runner.add_argument("--parameters", action="store_true", help="list what the notebook takes, and run nothing")
 
 
@@ -73,7 +75,7 @@ def _report():
     for path in sorted(folder.glob("*/*.png")) + sorted(folder.glob("*/*.gif")):
         print(f"  {path.relative_to(folder.parent)}")
 
-# %% ../../nbs/study/command.ipynb #57794168
+# %% ../../nbs/study/command.ipynb #e656a600
 def _parser(asked: str) -> argparse.ArgumentParser:
     "For the command that is asked for."
     parser = argparse.ArgumentParser(
@@ -95,7 +97,7 @@ def _act(options: dict):
     elif options["parameters"]:
         _list_parameters(options["notebook"])
     else:
-        run(options["notebook"], dict(options["parameter"]), draw=options["draw"])
+        run(options["notebook"], dict(options["parameter"]), draw=options["draw"], once=options["once"])
 
 # %% ../../nbs/study/command.ipynb #8d3e90ae
 class _Ended(BaseException):
@@ -113,9 +115,15 @@ def _listen():
         if number and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, _end)
 
-# %% ../../nbs/study/command.ipynb #afe552a5
+# %% ../../nbs/study/command.ipynb #1a014429
 def _tell(error: str) -> None:
     print(f"asyproxy: {error}", file=sys.stderr)
+
+
+def _code(error: Exception) -> int:
+    "With which the command ends."
+    codes = {Busy: BUSY, Killed: 128 + signal.SIGKILL, RuntimeError: 1}
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), 2)
 
 
 def main(
@@ -125,12 +133,9 @@ def main(
     options = vars(_parser(arguments[0] if arguments else "").parse_args(arguments))
     try:
         _act(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         _tell(error)
-        return 2
-    except RuntimeError as error:
-        _tell(error)
-        return 1
+        return _code(error)
     except _Ended as ended:
         number = ended.args[0]
         _tell(f"ended by {signal.Signals(number).name}; the same command goes on from the last epoch it finished")
