@@ -166,15 +166,13 @@ def fix_threads(
             os.environ[name] = asked
     return int(asked)
 
-# %% ../../nbs/study/batch.ipynb #1fe8ba4f
+# %% ../../nbs/study/batch.ipynb #a9349811
 def run_batch(
-    plan: Plan,  # of `read_plan`
-    executor,  # `Workers`, or Slurm
+    batch: Batch,  # in which every run has ended then
     tell: Callable[[Batch], object] = lambda batch: None,  # is called again and again
     pause: float = 0.2,  # seconds between two looks
-) -> Batch:  # in which every run has ended
+):
     "Runs everything that is not complete."
-    batch = Batch(plan, executor)
     try:
         batch.look()
         while batch.step():
@@ -184,4 +182,3 @@ def run_batch(
     except BaseException:
         batch.stop()
         raise
-    return batch
