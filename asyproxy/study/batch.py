@@ -72,7 +72,7 @@ class Batch:
     def __init__(
         self,
         plan: Plan,  # of `read_plan`
-        executor,  # `Workers`, or Slurm: has slots and start
+        executor,  # `Workers`, or `Slurm`: has slots and start
     ):
         self.plan, self.executor, self.begun = plan, executor, time.monotonic()
         self.tasks: dict[Job, Task] = {}
@@ -113,7 +113,10 @@ class Batch:
         self,
         seconds: float = 10.0,  # that they have
     ):
-        "Ends all that runs."
+        "Ends all that runs here; jobs of a cluster stay."
+        if left := getattr(self.executor, "left", None):
+            print(left())
+            return
         running, end = self.within("running"), time.monotonic() + seconds
         for task in running:
             task.handle.stop()
@@ -123,13 +126,13 @@ class Batch:
 # %% ../../nbs/study/batch.ipynb #25f2c0fa
 def _start(executor, tasks: list[Task], running: int):
     "Starts as many as there is room for."
-    ready = []
+    ready, has = [], getattr(executor, "has", lambda name: False)  # Slurm: a job of it is there, of an earlier batch
     for task in tasks:
         if running + len(ready) >= executor.slots:
             break
         if record := finished(task.record, task.said):
             task.end("done", record)
-        elif busy(task.folder):
+        elif busy(task.folder) and not has(task.identity):
             task.state = "elsewhere"
         else:
             ready.append(task)

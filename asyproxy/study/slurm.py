@@ -257,7 +257,7 @@ def _executor(folder: Path, settings: dict, options: dict):
         additional_parameters=options | own)
     return executor
 
-# %% ../../nbs/study/slurm.ipynb #204cd356
+# %% ../../nbs/study/slurm.ipynb #15dc25cf
 _UNREACHABLE = re.compile("controller|timed out|refused|connection failure|temporarily|Zero Bytes|Transport endpoint")
 _PROGRAMS = ("sbatch", "squeue", "scancel", "srun")
 
@@ -273,14 +273,16 @@ class Slurm:
         gpus: int = 0,  # of each job, on each node
         cpus: int = 1,  # of each job, for threads and loaders
         time: str = "24:00:00",  # that a job may take until it is requeued, as `in_minutes` reads it
-        options: list[str] | tuple = (),  # others of sbatch, as `sbatch_options` reads them
+        sbatch: list[str] | tuple = (),  # other options, as `sbatch_options` reads them
         slots: float = math.inf,  # jobs in the queue at the same time
         every: float = 10.0,  # seconds between two looks at the queue
         say: Callable[[str], object] = print,  # what a user should know
     ):
-        self.folder, self.slots, self._options = Path(folder).absolute(), slots, sbatch_options(options)
+        self.folder, self.slots, self._options = Path(folder).absolute(), slots, sbatch_options(sbatch)
         self._settings = {"time": in_minutes(time), "cpus_per_task": cpus}
         self._settings |= ({"partition": partition} if partition else {}) | ({"gpus_per_node": gpus} if gpus else {})
+        if slots < 1 or cpus < 1 or gpus < 0:
+            raise ValueError(f"expected at least one worker and one CPU, got {slots} and {cpus}, and {gpus} GPUs")
         if missing := [name for name in _PROGRAMS if not shutil.which(name)]:
             raise ValueError(f"expected a machine from which jobs can be submitted to Slurm, got none: {missing[0]} is "
                              "not on the path; log in to a node of the cluster, or leave out --on slurm")
