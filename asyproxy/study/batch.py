@@ -140,7 +140,7 @@ def _start(executor, tasks: list[Task], running: int):
     for task, handle in zip(ready, handles):
         task.state, task.handle, task.begun, task.starts = "running", handle, time.monotonic(), task.starts + 1
 
-
+# %% ../../nbs/study/batch.ipynb #31cb6dc9
 def _ended(task: Task, code: int):
     "What a process came to that ended with an exit code."
     task.seconds += time.monotonic() - task.begun

@@ -53,9 +53,9 @@ def of_time(
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
-
+# %% ../../nbs/study/board.ipynb #fd38abea
 def seconds_left(
-    batch: Batch,
+    batch: Batch,  # that runs
     records: list[dict],  # of `read_records`, from before the batch
 ) -> float | None:  # None: nothing is known
     "How long it will take until nothing is left to be done."
@@ -70,7 +70,7 @@ def seconds_left(
 
 # %% ../../nbs/study/board.ipynb #283b49bc
 def counted(
-    batch: Batch,
+    batch: Batch,  # at any time
 ) -> str:
     "Such as `3 of 10 done (1 before), 2 running, 1 failed, 4 to come`."
     before, done, failed = (len(batch.within(state)) for state in ("complete", "done", "failed"))
@@ -84,15 +84,15 @@ def counted(
 
 # %% ../../nbs/study/board.ipynb #f69a4b76
 def named(
-    task: Task,
+    task: Task,  # of a batch
 ) -> str:
     "What a run is called."
     values = ", ".join(f"{name} {value}" for name, value in task.job.parameters)
     return task.identity or one_line(f"{task.job.part}: {values or Path(task.job.notebook).stem}")
 
-
+# %% ../../nbs/study/board.ipynb #fe157d92
 def row(
-    task: Task,
+    task: Task,  # of a batch
     width: int = 0,  # columns of the name
 ) -> str:
     "State, name, time, and what it came to or how far it is."
@@ -108,7 +108,7 @@ def row(
 
 
 def table(
-    tasks: list[Task],
+    tasks: list[Task],  # of a batch, in the order of the rows
 ) -> list[str]:  # lines
     "A row for each run."
     width = max((len(named(task)) for task in tasks), default=0)
@@ -133,7 +133,7 @@ def _prospect(task: Task) -> str:
     epoch, last = last_epoch(task.folder), task.said.get("num_epochs")
     return f"{state}  {named(task)}{f', from epoch {epoch} of {last} on' if epoch else ''}"
 
-
+# %% ../../nbs/study/board.ipynb #d35d1f5a
 def outlook(
     batch: Batch,  # that has looked, and started nothing
     records: list[dict],  # of `read_records`
@@ -145,7 +145,8 @@ def outlook(
     cost = estimate(batch.plan, batch.outcomes(), records, kept)
     workers = batch.executor.slots if math.isfinite(batch.executor.slots) else 1
     later = total - len(batch.tasks)
-    numbers = f"{total} runs, {complete} complete, {len(tasks)} as above" + (f", {later} follow from a search" if later else "")
+    follow = f", {later} follow from a search" if later else ""
+    numbers = f"{total} runs, {complete} complete, {len(tasks)} as above{follow}"
     return [*map(_prospect, tasks), f"{batch.plan.name}: {numbers}",
             f"{in_short(*cost, workers)}, {f'{workers} at a time' if workers > 1 else 'one after the other'}"]
 
@@ -165,7 +166,7 @@ class Board:
 
     def tell(
         self,
-        batch: Batch,
+        batch: Batch,  # that runs
     ):
         "Shows what has changed; on a terminal also once a second."
         new = [task for task in batch.within("done", "failed") if task not in self._told]

@@ -9,6 +9,7 @@ __all__ = ['CLEANED', 'main_result', 'Entry', 'last_epoch', 'inventory', 'named'
 # %% ../../nbs/study/inventory.ipynb #fee6b210
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,7 +165,7 @@ def listed(
         seconds = f"{entry.record['seconds']:.0f} s" if entry.record and "seconds" in entry.record else ""
         lines.append(f"{entry.state:11} {entry.identity:{widest}} {seconds:>8} {of_size(entry.size):>8}  "
                      f"{shortened(one_line(entry.told), 100)}".rstrip())
-    states = {state: sum(entry.state == state for entry in entries) for state in dict.fromkeys(one.state for one in entries)}
+    states = Counter(entry.state for entry in entries)
     counts = ", ".join(f"{number} {state}" for state, number in states.items())
     total = of_size(sum(entry.size for entry in entries))
     return "\n".join([*lines, f"{len(entries)} runs{f' ({counts})' if entries else ''}, {total}"])
@@ -192,7 +193,7 @@ def _parts(entry: Entry) -> dict[str, dict]:
 def _plainly(value) -> str:
     return "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
-
+# %% ../../nbs/study/inventory.ipynb #91e96f1a
 def described(
     entry: Entry,  # of `inventory`
 ) -> str:
@@ -214,7 +215,8 @@ def compared(
         left, right = (column.get(part, {}) for column in columns)
         differing = [name for name in dict.fromkeys([*left, *right]) if left.get(name) != right.get(name)]
         rows += [(part, "", "")] if part and differing else []
-        rows += [(f"  {name}" if part else name, *(_plainly(each.get(name)) for each in (left, right))) for name in differing]
+        rows += [(f"  {name}" if part else name, _plainly(left.get(name)), _plainly(right.get(name)))
+                 for name in differing]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(f"{name:{widths[0]}}  {left:{widths[1]}}  {right}".rstrip() for name, left, right in rows)
 
@@ -230,7 +232,8 @@ def removable(
     runs, records = output_folder("runs"), output_folder("figures", "records")
     if what == "checkpoints":
         complete = [entry for entry in entries if entry.state == "complete"]
-        return [path for entry in complete for path in sorted((runs / entry.identity).rglob("checkpoint-*.safetensors"))]
+        return [path for entry in complete
+                for path in sorted((runs / entry.identity).rglob("checkpoint-*.safetensors"))]
     if what == "failed":
         return [runs / entry.identity for entry in entries if entry.state == "failed"]
     entry = named(entries, what)
@@ -238,7 +241,7 @@ def removable(
         raise ValueError(f"expected a run on which nobody works, got {entry.identity}: wait for it, or end it")
     return [path for path in (runs / entry.identity, records / f"{entry.identity}.json") if path.exists()]
 
-
+# %% ../../nbs/study/inventory.ipynb #abf41ba7
 def size_of(
     paths: list[Path],  # of `removable`
 ) -> int:  # bytes

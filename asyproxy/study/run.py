@@ -129,7 +129,8 @@ def looking() -> Iterator[Callable[[Path, dict], dict]]:
     "Gives a function from a notebook and parameters to identity, said and given, which raises what `run` raises first."
     command = [sys.executable, "-c", "from asyproxy.study.run import _answer_all; _answer_all()"]
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, start_new_session=True, text=True, encoding="utf-8", bufsize=1, **streams) as process:
+    text = {"text": True, "encoding": "utf-8", "bufsize": 1}
+    with subprocess.Popen(command, start_new_session=True, **streams, **text) as process:
         def look(path: Path, given: dict) -> dict:
             process.stdin.write(json.dumps([str(path), given], default=str) + "\n")
             if not (said := process.stdout.readline()):
