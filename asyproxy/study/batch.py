@@ -66,6 +66,14 @@ def _task(job: Job, look: Callable[[Path, dict], dict]) -> Task:
     return task
 
 # %% ../../nbs/study/batch.ipynb #bf3d7596
+def _stop(handles: list, end: float):
+    "Ends processes, and waits for them until a time."
+    for handle in handles:
+        handle.stop()
+    while any(handle.poll() is None for handle in handles) and time.monotonic() < end:
+        time.sleep(0.05)
+
+# %% ../../nbs/study/batch.ipynb #7bbfb012
 class Batch:
     "The runs of a plan, as far as they are known."
 
@@ -117,11 +125,7 @@ class Batch:
         if left := getattr(self.executor, "left", None):
             print(left())
             return
-        running, end = self.within("running"), time.monotonic() + seconds
-        for task in running:
-            task.handle.stop()
-        while any(task.handle.poll() is None for task in running) and time.monotonic() < end:
-            time.sleep(0.05)
+        _stop([task.handle for task in self.within("running")], time.monotonic() + seconds)
 
 # %% ../../nbs/study/batch.ipynb #25f2c0fa
 def _start(executor, tasks: list[Task], running: int):

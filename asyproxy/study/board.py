@@ -151,6 +151,14 @@ def outlook(
             f"{in_short(*cost, workers)}, {f'{workers} at a time' if workers > 1 else 'one after the other'}"]
 
 # %% ../../nbs/study/board.ipynb #96f78418
+def _rows(batch: Batch) -> list[str]:
+    "Who runs and who failed, as many as a terminal has lines for."
+    tasks = [*batch.within("running", "elsewhere"), *reversed(batch.within("failed"))]
+    room = max(0, shutil.get_terminal_size().lines - 3)
+    more = [f"and {len(tasks) - room} more"] if len(tasks) > room else []
+    return [*table(tasks[:room]), *more]
+
+# %% ../../nbs/study/board.ipynb #9192724f
 class Board:
     "Shows how a batch stands."
 
@@ -172,7 +180,7 @@ class Board:
         new = [task for task in batch.within("done", "failed") if task not in self._told]
         self._told += new
         if self.live and (new or time.monotonic() - self._drawn >= 1):
-            self._draw([f"{batch.plan.name}: {self._head(batch)}", *self._rows(batch)])
+            self._draw([f"{batch.plan.name}: {self._head(batch)}", *_rows(batch)])
         for task in [] if self.live else new:
             print(f"{row(task)} [{self._head(batch)}]", file=self.stream, flush=True)
 
@@ -192,12 +200,6 @@ class Board:
         _, left, when = self._left
         later = "" if left is None else f", about {of_time(max(0.0, left - now + when))} left"
         return f"{counted(batch)}; {of_time(now - batch.begun)}{later}"
-
-    def _rows(self, batch: Batch) -> list[str]:
-        tasks = [*batch.within("running", "elsewhere"), *reversed(batch.within("failed"))]
-        room = max(0, shutil.get_terminal_size().lines - 3)
-        more = [f"and {len(tasks) - room} more"] if len(tasks) > room else []
-        return [*table(tasks[:room]), *more]
 
     def _draw(self, lines: list[str]):
         width = shutil.get_terminal_size().columns

@@ -204,7 +204,7 @@ def described(
         lines += [f"{'  ' if part else ''}{name}  {_plainly(value)}" for name, value in values.items()]
     return "\n".join(lines)
 
-
+# %% ../../nbs/study/inventory.ipynb #2084ea54
 def compared(
     one: Entry,  # of `inventory`
     other: Entry,  # of `inventory`

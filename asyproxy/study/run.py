@@ -213,6 +213,14 @@ def _run(path: Path, values: dict, folder: Path, record: Path, draw: bool) -> di
               "The same command with --draw draws again.", flush=True)
     return result
 
+# %% ../../nbs/study/run.ipynb #f0162f95
+def _check_drawn(path: Path, record: Path):
+    "Raises ValueError where there is nothing to draw again."
+    if "run.results" not in path.read_text(encoding="utf-8"):
+        raise ValueError(f"expected a notebook that can draw its record again, {path.name} measures while it draws")
+    if not record.exists():
+        raise ValueError(f"expected a run that is complete, to draw it again, found no record {record}")
+
 
 def run(
     notebook: str | Path,  # a path, or the name of a study
@@ -229,10 +237,8 @@ def run(
     folder, record = places(identity, looked_at["said"], near=path.parent)
     if once and (there := finished(record, looked_at["said"])):
         return there
-    if draw and "run.results" not in path.read_text(encoding="utf-8"):
-        raise ValueError(f"expected a notebook that can draw its record again, {path.name} measures while it draws")
-    if draw and not record.exists():
-        raise ValueError(f"expected a run that is complete, to draw it again, found no record {record}")
+    if draw:
+        _check_drawn(path, record)
     whole = folder.parent if folder.name == "again" else folder
     owned(whole, "notebook").release()
     with owned(whole, "command"):

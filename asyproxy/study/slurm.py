@@ -66,7 +66,28 @@ _PATIENT = ("None", "Priority", "Resources", "BeginTime", "Cleaning", "JobArrayT
             "Reservation", "Licenses", "Assoc", "QOS")  # for which jobs wait every day, or beginnings of it
 
 
-class Queue:
+def _last(said: str) -> str:
+    return next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "it said nothing")
+
+# %% ../../nbs/study/slurm.ipynb #120697c6
+class _Teller:
+    "Says a thing once."
+
+    def __init__(self, say: Callable[[str], object]):
+        self._say, self._said = say, set()
+
+    def tell_once(
+        self,
+        text: str,  # to be said
+        key: str,  # by which it is known
+    ):
+        "Says something, unless it was said."
+        if key not in self._said:
+            self._said.add(key)
+            self._say(text)
+
+# %% ../../nbs/study/slurm.ipynb #15f0d620
+class Queue(_Teller):
     "The jobs of this user, as Slurm said last."
 
     def __init__(
@@ -74,13 +95,15 @@ class Queue:
         every: float,  # seconds between two questions, at least
         say: Callable[[str], object],  # what a user should know
     ):
+        super().__init__(say)
         self.every, self.number, self.jobs = every, 0, {}  # number: how often it has answered
-        self._say, self._said, self._next = say, set(), 0.0
+        self._next = 0.0
 
     def look(self) -> int:
         "Asks if it is time to; how often it has answered by now."
         if time.monotonic() >= self._next:
-            command = ["squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", "--format=%i|%T|%r|%k"]
+            command = ["squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}",
+                       "--format=%i|%T|%r|%k"]
             done = subprocess.run(command, capture_output=True, text=True)
             self._next = time.monotonic() + self.every
             if done.returncode:
@@ -110,20 +133,6 @@ class Queue:
         if not why.startswith(_PATIENT):
             self.tell_once(f"Slurm holds back jobs such as {job}: {why}", why)
 
-    def tell_once(
-        self,
-        text: str,  # to be said
-        key: str,  # by which it is known
-    ):
-        "Says something, unless it was said."
-        if key not in self._said:
-            self._said.add(key)
-            self._say(text)
-
-
-def _last(said: str) -> str:
-    return next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "it said nothing")
-
 # %% ../../nbs/study/slurm.ipynb #e3ad7566
 def _in_accounts(job: str) -> str:
     "The last state of a job; GONE where nobody knows."
@@ -137,12 +146,21 @@ def _in_accounts(job: str) -> str:
 # %% ../../nbs/study/slurm.ipynb #4aa940de
 _ENDS = {
     "CANCELLED": "cancelled", "TIMEOUT": "it reached its time limit", "NODE_FAIL": "its node failed",
-    "BOOT_FAIL": "its node did not start", "DEADLINE": "it missed its deadline", "PREEMPTED": "preempted, and not requeued",
+    "BOOT_FAIL": "its node did not start", "DEADLINE": "it missed its deadline",
+    "PREEMPTED": "preempted, and not requeued",
     "OUT_OF_MEMORY": "out of memory: ask for more, such as --sbatch mem=32G",
 }
 _LATE = 30.0  # seconds that a file may take from a node to here
 
 
+def _without_word(job: str, folder: Path, state: str) -> str:
+    "Why a job may have failed before it could say so."
+    logs = [path for path in folder.glob(f"{job}_0_log.*") if path.stat().st_size]
+    if not logs:
+        return f"job {job} ended ({state}) and wrote nothing to {folder}: do all nodes share that disk?"
+    return f"job {job} ended ({state}): {_last(min(logs).read_text(errors='replace'))}"
+
+# %% ../../nbs/study/slurm.ipynb #946b1c6e
 class Handle:
     "A command that waits, runs, or has ended."
 
@@ -177,14 +195,8 @@ class Handle:
         if word or state in _ENDS:
             return (1, _ENDS[state]) if state in _ENDS else (word["code"], word["reason"])
         self._gone = self._gone or time.monotonic()
-        return (None, "") if time.monotonic() - self._gone < _LATE else (1, self._without_word(state))
-
-    def _without_word(self, state: str) -> str:
-        "Why a job may have failed before it could say so."
-        logs = [path for path in self._word.parent.glob(f"{self.job}_0_log.*") if path.stat().st_size]
-        if not logs:
-            return f"job {self.job} ended ({state}) and wrote nothing to {self._word.parent}: do all nodes share that disk?"
-        return f"job {self.job} ended ({state}): {_last(min(logs).read_text(errors='replace'))}"
+        late = time.monotonic() - self._gone >= _LATE
+        return (1, _without_word(self.job, self._word.parent, state)) if late else (None, "")
 
     def state(self) -> str:
         "waiting, running or ended."
@@ -262,54 +274,19 @@ _UNREACHABLE = re.compile("controller|timed out|refused|connection failure|tempo
 _PROGRAMS = ("sbatch", "squeue", "scancel", "srun")
 
 
-class Slurm:
-    "Runs commands as jobs of the cluster."
+def _check(folder: Path, slots: float, cpus: int, gpus: int):
+    "Raises ValueError on what no cluster gives, and where there is none."
+    if slots < 1 or cpus < 1 or gpus < 0:
+        raise ValueError(f"expected at least one worker and one CPU, got {slots} and {cpus}, and {gpus} GPUs")
+    if missing := [name for name in _PROGRAMS if not shutil.which(name)]:
+        raise ValueError(f"expected a machine from which jobs can be submitted to Slurm, got none: {missing[0]} is "
+                         "not on the path; log in to a node of the cluster, or leave out --on slurm")
+    if "%" in str(folder):
+        raise ValueError(f"expected a folder without %, which Slurm would replace, got {folder}")
 
-    def __init__(
-        self,
-        folder: Path,  # on a shared disk, the same for all batches: what is submitted is remembered here
-        *,
-        partition: str | None = None,  # None: the cluster's default
-        gpus: int = 0,  # of each job, on each node
-        cpus: int = 1,  # of each job, for threads and loaders
-        time: str = "24:00:00",  # that a job may take until it is requeued, as `in_minutes` reads it
-        sbatch: list[str] | tuple = (),  # other options, as `sbatch_options` reads them
-        slots: float = math.inf,  # jobs in the queue at the same time
-        every: float = 10.0,  # seconds between two looks at the queue
-        say: Callable[[str], object] = print,  # what a user should know
-    ):
-        self.folder, self.slots, self._options = Path(folder).absolute(), slots, sbatch_options(sbatch)
-        self._settings = {"time": in_minutes(time), "cpus_per_task": cpus}
-        self._settings |= ({"partition": partition} if partition else {}) | ({"gpus_per_node": gpus} if gpus else {})
-        if slots < 1 or cpus < 1 or gpus < 0:
-            raise ValueError(f"expected at least one worker and one CPU, got {slots} and {cpus}, and {gpus} GPUs")
-        if missing := [name for name in _PROGRAMS if not shutil.which(name)]:
-            raise ValueError(f"expected a machine from which jobs can be submitted to Slurm, got none: {missing[0]} is "
-                             "not on the path; log in to a node of the cluster, or leave out --on slurm")
-        if "%" in str(self.folder):
-            raise ValueError(f"expected a folder without %, which Slurm would replace, got {self.folder}")
-        self._queue, self._handles = Queue(every, say), {}
-
-    def start(
-        self,
-        commands: list[list[str]],  # a program and its arguments each
-        names: list[str],  # of their runs
-    ) -> list[Handle]:
-        "Queues those that are not there. Raises ValueError with Slurm's words where it refuses them."
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / ".lock"):
-            self._queue.ask()
-            for path, noted in _noted(self.folder):
-                if noted["jobs"] is None:
-                    _withdraw(path, self._queue)
-            jobs = self._alive()
-            new = [(name, command) for name, command in dict(zip(names, commands)).items() if name not in jobs]
-            for first in range(0, len(new), _ARRAY):
-                jobs |= self._submit(dict(new[first:first + _ARRAY]))
-        for name in names:
-            job, folder = jobs[name]
-            self._handles[name] = Handle(self._queue, job, folder / f"{name}.json")
-        return [self._handles[name] for name in names]
+# %% ../../nbs/study/slurm.ipynb #faf4618b
+class _Submits:
+    "What is submitted, and what is alive of it."
 
     def has(
         self,
@@ -343,7 +320,8 @@ class Slurm:
             _note(folder, list(commands), None)
             try:
                 with _outside():
-                    jobs = [job.job_id for job in _executor(folder, self._settings, self._options).submit_array(errands)]
+                    executor = _executor(folder, self._settings, self._options)
+                    jobs = [job.job_id for job in executor.submit_array(errands)]
                 _note(folder, list(commands), jobs)
                 return {name: (job, folder) for name, job in zip(commands, jobs)}
             except FailedJobError as error:
@@ -358,3 +336,47 @@ class Slurm:
         self._queue.tell_once(f"Slurm does not answer ({_last(said)}): waiting until it does", "unreachable")
         self._queue.ask()
         _withdraw(folder, self._queue)
+
+# %% ../../nbs/study/slurm.ipynb #aaa6d82e
+class Slurm(_Submits):
+    "Runs commands as jobs of the cluster."
+
+    def __init__(
+        self,
+        folder: Path,  # on a shared disk, the same for all batches: what is submitted is remembered here
+        *,
+        partition: str | None = None,  # None: the cluster's default
+        gpus: int = 0,  # of each job, on each node
+        cpus: int = 1,  # of each job, for threads and loaders
+        time: str = "24:00:00",  # that a job may take until it is requeued, as `in_minutes` reads it
+        sbatch: list[str] | tuple = (),  # other options, as `sbatch_options` reads them
+        slots: float = math.inf,  # jobs in the queue at the same time
+        every: float = 10.0,  # seconds between two looks at the queue
+        say: Callable[[str], object] = print,  # what a user should know
+    ):
+        self.folder, self.slots, self._options = Path(folder).absolute(), slots, sbatch_options(sbatch)
+        self._settings = {"time": in_minutes(time), "cpus_per_task": cpus}
+        self._settings |= ({"partition": partition} if partition else {}) | ({"gpus_per_node": gpus} if gpus else {})
+        _check(self.folder, slots, cpus, gpus)
+        self._queue, self._handles = Queue(every, say), {}
+
+    def start(
+        self,
+        commands: list[list[str]],  # a program and its arguments each
+        names: list[str],  # of their runs
+    ) -> list[Handle]:
+        "Queues those that are not there. Raises ValueError with Slurm's words where it refuses them."
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / ".lock"):
+            self._queue.ask()
+            for path, noted in _noted(self.folder):
+                if noted["jobs"] is None:
+                    _withdraw(path, self._queue)
+            jobs = self._alive()
+            new = [(name, command) for name, command in dict(zip(names, commands)).items() if name not in jobs]
+            for first in range(0, len(new), _ARRAY):
+                jobs |= self._submit(dict(new[first:first + _ARRAY]))
+        for name in names:
+            job, folder = jobs[name]
+            self._handles[name] = Handle(self._queue, job, folder / f"{name}.json")
+        return [self._handles[name] for name in names]

@@ -58,7 +58,7 @@ def _wait(process: subprocess.Popen):
     except ChildProcessError:
         pass
 
-
+# %% ../../nbs/study/slurm_job.ipynb #96e3b12f
 class Errand:
     "A command, as a job runs it; submitit keeps it in a file until then."
 
@@ -90,10 +90,10 @@ class Errand:
         sys.exit(code)
 
     def _start(self, said: Path):
-        self._leaves, streams = False, {"stdin": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
+        self._leaves, streams = False, {"stdin": subprocess.PIPE, "stderr": subprocess.STDOUT}
         with open(said, "ab") as file:
-            self._process = subprocess.Popen(
-                guarded(self.command), cwd=self.where, env=_surroundings(), stdout=file, **streams)
+            self._process = subprocess.Popen(guarded(self.command), cwd=self.where, env=_surroundings(), stdout=file,
+                                             start_new_session=True, **streams)
         signal.signal(signal.SIGTERM, lambda *_: self._end())
 
     def _end(self):
