@@ -259,8 +259,8 @@ def make_emoji(
     metadata = {"recipe": _recipe(), "resvg": version("resvg_py"), "classes": names, "attribution": credits}
     save_tensors(path, tensors, metadata)
 
-# %% ../../nbs/data/emoji.ipynb #a93c63bd
-EMOJI_SHA256 = "?"  # of the pixels, with the locked versions
+# %% ../../nbs/data/emoji.ipynb #e65a49fb
+EMOJI_SHA256 = "e0282e45e5ce8db1594ebfe2345ba0c2ffbdab315dc8b2ffa5f3a78d487754bb"  # of the pixels, with the locked versions
 
 
 def _table(labels: np.ndarray, names: list[str]) -> pd.DataFrame:
@@ -272,7 +272,7 @@ def _table(labels: np.ndarray, names: list[str]) -> pd.DataFrame:
 def load_emoji(
     data_path: str | Path = "",  # where `make_emoji` has put them; by default the cache
 ) -> ImageData:
-    "About 1,150 classes of 5 to 8 drawings, 64 x 64: half of the classes train. Raises FileNotFoundError or ValueError."
+    "1,159 classes of 5 to 8 drawings, 64 x 64: 579 classes train. Raises FileNotFoundError or ValueError."
     path = (user_path(data_path) if str(data_path) else cache_folder()) / "emoji.safetensors"
     try:
         tensors, metadata = _kept(path)
