@@ -61,7 +61,7 @@ PACKAGES = {
         "UAasRaxzFUKfIGSmLwnoarsssA4LX0VLLuEmplIqM6ZNQqIQRtav8tZ4H1neTlBreXuMQyAifr5jP4kn78DpiQ=="),
 }
 
-
+# %% ../../nbs/data/emoji.ipynb #1ce7ce0d
 def _spec(prefix: str) -> str:
     "What npm is asked for."
     return f"@iconify-json/{prefix}@{PACKAGES[prefix].version}"
@@ -223,7 +223,7 @@ def _kept(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         raise ValueError(f"expected emoji of this version of asyproxy in {path}, got others")
     return tensors, metadata
 
-
+# %% ../../nbs/data/emoji.ipynb #37d270f0
 def _resvg() -> str:
     "The version of resvg_py that is installed; empty where none is."
     try:
@@ -268,7 +268,7 @@ def _table(labels: np.ndarray, names: list[str]) -> pd.DataFrame:
     return pd.DataFrame({"image": np.arange(len(labels)), "label": labels, "class_name": [names[i] for i in labels],
                          "split": np.where(labels < len(names) // 2, "train", "test")})
 
-
+# %% ../../nbs/data/emoji.ipynb #365afe13
 def load_emoji(
     data_path: str | Path = "",  # where `make_emoji` has put them; by default the cache
 ) -> ImageData:

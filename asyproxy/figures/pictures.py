@@ -28,7 +28,7 @@ def _draw_picture(ax: plt.Axes, image: np.ndarray, centre: tuple[float, float], 
               interpolation="antialiased")
     return left, top, width, height
 
-
+# %% ../../nbs/figures/pictures.ipynb #e18c5099
 def _page(width: float, height: float) -> tuple[plt.Figure, plt.Axes]:
     "A figure of that size in inches, and axes in inches from its upper left corner."
     figure = plt.figure(figsize=(width, height))
@@ -71,7 +71,7 @@ def _row_cells(rows: list[tuple]) -> list[tuple[float, float]]:
     width = max(width for row in sizes for width, _ in row)
     return [(width, max(height for _, height in row)) for row in sizes]
 
-
+# %% ../../nbs/figures/pictures.ipynb #8fd1e471
 def retrieval_gallery(
     rows: list[tuple],  # a query each: (its image, its class name, its answers as (image, is of its class, distance))
     source: str = "",  # small text below, such as the id of the run, or whom the pictures are by

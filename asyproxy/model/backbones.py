@@ -6,7 +6,6 @@
 __all__ = ['BACKBONES', 'describe_backbone', 'build_backbone']
 
 # %% ../../nbs/model/backbones.ipynb #34eea953
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 

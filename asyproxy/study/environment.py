@@ -84,7 +84,7 @@ def _skeleton(node) -> str:
     fields = [(name, value) for name, value in ast.iter_fields(node) if value not in (None, [])]
     return f"({type(node).__name__} {' '.join(f'{name}={_skeleton(value)}' for name, value in fields)})"
 
-
+# %% ../../nbs/study/environment.ipynb #3cc39cd7
 @cache
 def code_hash(
     package: Path = Path(asyproxy.__file__).parent,  # its folder

@@ -46,7 +46,7 @@ class Entry:
     size: int = 0  # bytes of its folder and record
     time: float = 0.0  # when it last wrote, seconds since 1970
 
-
+# %% ../../nbs/study/inventory.ipynb #ef5c4b20
 def _size(paths: Iterable[Path]) -> tuple[int, float]:
     "Bytes, and the time of the newest."
     size, newest = 0, 0.0
@@ -95,7 +95,7 @@ def _unfinished(folder: Path) -> Entry:
     state = "running" if busy(folder) else "failed" if error else "half-done"
     return Entry(folder.name, state, study, values or None, None, error if state == "failed" else told, size, time)
 
-
+# %% ../../nbs/study/inventory.ipynb #9b229e32
 def _finished(path: Path, folder: Path) -> Entry:
     "A run with a record."
     size, time = _size([path, *folder.rglob("*")])
@@ -133,7 +133,7 @@ def named(
     shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
     raise ValueError(f"expected the name of one run, got {name}, which {len(names)} have: {shown}")
 
-
+# %% ../../nbs/study/inventory.ipynb #2b2dade8
 def chosen(
     entries: list[Entry],  # of `inventory`
     states: Iterable[str] = (),  # such as ("failed",); (): all

@@ -30,7 +30,7 @@ def at(
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"{place}: {error}") from error
 
-
+# %% ../../nbs/study/plan_values.ipynb #565cc7c8
 def in_words(
     point: dict,  # parameter -> value
 ) -> str:  # such as "loss moving, seed 0"

@@ -197,7 +197,7 @@ def owned(
                    "wait for it, or end it") from error
     return lock
 
-
+# %% ../../nbs/study/record.ipynb #88a25644
 def busy(
     folder: Path,  # of a run
 ) -> bool:

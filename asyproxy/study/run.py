@@ -95,7 +95,7 @@ def _fingerprint(known: dict[str, Parameter], values: dict) -> str:
         check_experiment(Experiment(**{name: values[name] for name in parameters(Experiment)}), data)
     return fingerprint
 
-
+# %% ../../nbs/study/run.ipynb #f97452be
 def _answer(path: Path, given: dict) -> dict:
     "What a run is called and runs with, or what is wrong."
     try:
@@ -123,7 +123,7 @@ def _answer_all():
             answer = _answer(Path(path), given)
         print(json.dumps(answer), flush=True)
 
-
+# %% ../../nbs/study/run.ipynb #8607fdb5
 @contextmanager
 def looking() -> Iterator[Callable[[Path, dict], dict]]:
     "Gives a function from a notebook and parameters to identity, said and given, which raises what `run` raises first."
@@ -165,7 +165,7 @@ def _show(process: subprocess.Popen, log: Path) -> str:
             last = line
     return last.strip()
 
-
+# %% ../../nbs/study/run.ipynb #bd9dced9
 class Killed(RuntimeError):
     "A run that failed through no fault of its notebook: the same again may well go through."
 
