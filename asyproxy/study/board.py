@@ -44,7 +44,7 @@ def fitted(
         kept += character
     return f"{kept}…"
 
-# %% ../../nbs/study/board.ipynb #a358b35e
+# %% ../../nbs/study/board.ipynb #530bfdb4
 def of_time(
     seconds: float,  # since something began, or until it ends
 ) -> str:
@@ -60,7 +60,8 @@ def seconds_left(
 ) -> float | None:  # None: nothing is known
     "How long it will take until nothing is left to be done."
     done = batch.within("done")
-    time_left, _ = estimate(batch.plan, batch.outcomes(), records + [task.outcome for task in done], {})
+    made = [task.outcome | {"seconds": task.seconds} for task in done]  # a record does not know how long a start takes
+    time_left, _ = estimate(batch.plan, batch.outcomes(), records + made, {})
     if not time_left.known and not done:
         return None
     unknown = time_left.unknown * (sum(task.seconds for task in done) / len(done) if done else 0.0)

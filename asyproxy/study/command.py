@@ -102,7 +102,7 @@ def _executor(options: dict, threads: int):
         raise ValueError(f"expected {', '.join(unused)} with --on slurm, got --on here")
     return Workers(options["workers"])
 
-# %% ../../nbs/study/command.ipynb #8d6db87e
+# %% ../../nbs/study/command.ipynb #cee9ebe1
 def _batch(options: dict):
     "Runs a plan, or tells what would run. Raises RuntimeError where a run failed."
     from asyproxy.study.batch import Batch, fix_threads, run_batch
@@ -122,7 +122,7 @@ def _batch(options: dict):
         run_batch(batch, board.tell)
         board.close(batch)
     if failed := len(batch.within("failed")) + len(blocked(plan, batch.outcomes())):
-        raise RuntimeError(f"{failed} failed or could not start: see above; the same command tries them again")
+        raise RuntimeError(f"{failed} of the runs failed or could not start, see above; the same command tries them again")
 
 # %% ../../nbs/study/command.ipynb #39fb7ad2
 def _add_runs(commands):
