@@ -73,14 +73,14 @@ def notebook_parameters(
     values = checked(known, defaults | given)
     return known, {name: located(known[name], value) for name, value in values.items()}
 
-# %% ../../nbs/study/run.ipynb #08192de9
+# %% ../../nbs/study/run.ipynb #36fdbb91
 @cache
 def _images(known: tuple[tuple[str, Parameter], ...], values: tuple) -> tuple:
     "The images of a run and their fingerprint; nothing where there are none."
     data = images_of(dict(known), {**dict(values), "cache": False})
     return data, data.fingerprint()["sha256"] if data else ""
 
-
+# %% ../../nbs/study/run.ipynb #2ac0ec99
 def _fingerprint(known: dict[str, Parameter], values: dict) -> str:
     "Of the images of a run; empty where there are none. Raises ValueError on what would fail later."
     if "device" in known:
@@ -95,7 +95,7 @@ def _fingerprint(known: dict[str, Parameter], values: dict) -> str:
         check_experiment(Experiment(**{name: values[name] for name in parameters(Experiment)}), data)
     return fingerprint
 
-# %% ../../nbs/study/run.ipynb #f97452be
+# %% ../../nbs/study/run.ipynb #20ead772
 def _answer(path: Path, given: dict) -> dict:
     "What a run is called and runs with, or what is wrong."
     try:
@@ -105,7 +105,7 @@ def _answer(path: Path, given: dict) -> dict:
         return {"error": str(error)}
     return {"identity": identity, "said": published(known, values), "given": {name: values[name] for name in given}}
 
-# %% ../../nbs/study/run.ipynb #aff1ac37
+# %% ../../nbs/study/run.ipynb #77f898ec
 def _hear(questions: SimpleQueue):
     "Ends this process with its standard input."
     for line in sys.stdin:
@@ -123,7 +123,7 @@ def _answer_all():
             answer = _answer(Path(path), given)
         print(json.dumps(answer), flush=True)
 
-# %% ../../nbs/study/run.ipynb #8607fdb5
+# %% ../../nbs/study/run.ipynb #f4d073c7
 @contextmanager
 def looking() -> Iterator[Callable[[Path, dict], dict]]:
     "Gives a function from a notebook and parameters to identity, said and given, which raises what `run` raises first."
@@ -149,7 +149,7 @@ def _surroundings(folder: Path, path: Path, draw: bool) -> dict[str, str]:
         own["ASYPROXY_CACHE"] = str(Path(cache).expanduser().absolute())
     return os.environ | own | {"IPYTHONDIR": str(folder / ".jupyter"), "JUPYTER_RUNTIME_DIR": str(folder / ".jupyter")}
 
-# %% ../../nbs/study/run.ipynb #15735f63
+# %% ../../nbs/study/run.ipynb #29f055dc
 _NOISE = ("Input Notebook:", "Output Notebook:", "Working directory:", "Executing ", "Ending Cell", "<Figure size",
           "[IPKernelApp]", "Kernel died", "Unable to parse line")
 
@@ -165,11 +165,11 @@ def _show(process: subprocess.Popen, log: Path) -> str:
             last = line
     return last.strip()
 
-# %% ../../nbs/study/run.ipynb #bd9dced9
+# %% ../../nbs/study/run.ipynb #d26883de
 class Killed(RuntimeError):
     "A run that failed through no fault of its notebook: the same again may well go through."
 
-
+# %% ../../nbs/study/run.ipynb #a1b885da
 def _execute(job: list, log: Path, environment: dict[str, str]) -> str | Killed:
     "Runs a notebook and says why it stopped. If this process is interrupted, it ends all that it started."
     command = [sys.executable, "-m", "asyproxy.study.execute", json.dumps(job)]
@@ -191,7 +191,7 @@ def _stamp(record: Path):
     "Tells a record from one that took its place."
     return (record.stat().st_ino, record.stat().st_mtime_ns) if record.exists() else None
 
-# %% ../../nbs/study/run.ipynb #46537013
+# %% ../../nbs/study/run.ipynb #6334f048
 def _run(path: Path, values: dict, folder: Path, record: Path, draw: bool) -> dict:
     "Runs a notebook that this process owns."
     stem, before = "drawn" if draw else path.stem, _stamp(record)
@@ -213,15 +213,7 @@ def _run(path: Path, values: dict, folder: Path, record: Path, draw: bool) -> di
               "The same command with --draw draws again.", flush=True)
     return result
 
-# %% ../../nbs/study/run.ipynb #f0162f95
-def _check_drawn(path: Path, record: Path):
-    "Raises ValueError where there is nothing to draw again."
-    if "run.results" not in path.read_text(encoding="utf-8"):
-        raise ValueError(f"expected a notebook that can draw its record again, {path.name} measures while it draws")
-    if not record.exists():
-        raise ValueError(f"expected a run that is complete, to draw it again, found no record {record}")
-
-
+# %% ../../nbs/study/run.ipynb #abdfd634
 def run(
     notebook: str | Path,  # a path, or the name of a study
     parameters: dict | None = None,  # what differs from the notebook's defaults
@@ -237,8 +229,10 @@ def run(
     folder, record = places(identity, looked_at["said"], near=path.parent)
     if once and (there := finished(record, looked_at["said"])):
         return there
-    if draw:
-        _check_drawn(path, record)
+    if draw and "run.results" not in path.read_text(encoding="utf-8"):
+        raise ValueError(f"expected a notebook that can draw its record again, {path.name} measures while it draws")
+    if draw and not record.exists():
+        raise ValueError(f"expected a run that is complete, to draw it again, found no record {record}")
     whole = folder.parent if folder.name == "again" else folder
     owned(whole, "notebook").release()
     with owned(whole, "command"):

@@ -35,10 +35,7 @@ def why(
         return told[-1] if code else ""
     return f"ended by {ended_by(code)}" if ended_by(code) else lines[-1] if lines else f"ended with code {code}"
 
-# %% ../../nbs/study/workers.ipynb #8da2a406
-_SAID = 4096  # bytes of the end of what a command said
-
-
+# %% ../../nbs/study/workers.ipynb #43eb3d87
 class Worker:
     "A command that runs, or has ended."
 
@@ -62,8 +59,7 @@ class Worker:
 
     def reason(self) -> str:
         "Why it failed, in one line."
-        size = self._said.seek(0, os.SEEK_END)
-        self._said.seek(max(0, size - _SAID))
+        self._said.seek(max(0, self._said.seek(0, os.SEEK_END) - 4096))
         return why(self._said.read().decode(errors="replace"), self.poll() or 0)
 
     def stop(self):
