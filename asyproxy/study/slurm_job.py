@@ -18,7 +18,7 @@ from ..children import guarded
 from ..files import write_atomically
 from .workers import why
 
-# %% ../../nbs/study/slurm_job.ipynb #d7a2580f
+# %% ../../nbs/study/slurm_job.ipynb #14ba0e77
 def _surroundings() -> dict[str, str]:
     "The environment of the command."
     return {name: value for name, value in os.environ.items() if not name.startswith("SUBMITIT_")}
@@ -26,7 +26,9 @@ def _surroundings() -> dict[str, str]:
 
 def _rename(name: str):
     "Gives the job the name of its run, for `squeue`: the tasks of an array have one name until they start."
-    job = os.environ.get("SLURM_JOB_ID")
+    array, job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_JOB_ID")
+    if array:  # the last task has the number of the array for its own, and would name all that still wait
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
         subprocess.run(["scontrol", "update", f"JobId={job}", f"JobName={name}"], capture_output=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
