@@ -260,7 +260,7 @@ def make_emoji(
     save_tensors(path, tensors, metadata)
 
 # %% ../../nbs/data/emoji.ipynb #e65a49fb
-EMOJI_SHA256 = "e0282e45e5ce8db1594ebfe2345ba0c2ffbdab315dc8b2ffa5f3a78d487754bb"  # of the pixels, with the locked versions
+EMOJI_SHA256 = "e0282e45e5ce8db1594ebfe2345ba0c2ffbdab315dc8b2ffa5f3a78d487754bb"  # of the pixels
 
 
 def _table(labels: np.ndarray, names: list[str]) -> pd.DataFrame:

@@ -106,13 +106,13 @@ def look(
 # %% ../../nbs/study/batch.ipynb #0f2a4145
 def _start(executor, tasks: list[Task], running: int):
     "Starts as many as there is room for."
-    ready = []
+    ready, has = [], getattr(executor, "has", lambda name: False)  # Slurm: whether a job of it is there
     for task in tasks:
         if running + len(ready) >= executor.slots:
             break
         if record := finished(task.record, task.said):
             task.end("done", record)
-        elif busy(task.folder):
+        elif busy(task.folder) and not has(task.identity):
             task.state = "elsewhere"
         else:
             ready.append(task)
@@ -162,7 +162,10 @@ def _step(batch: Batch) -> bool:
 
 # %% ../../nbs/study/batch.ipynb #6459a454
 def _stop(batch: Batch, seconds: float = 10.0):
-    "Ends all that runs."
+    "Ends all that runs here; jobs of a cluster stay."
+    if left := getattr(batch.executor, "left", None):
+        print(left())
+        return
     running, end = batch.within("running"), time.monotonic() + seconds
     for task in running:
         task.handle.stop()

@@ -102,6 +102,7 @@ def row(
         state, last = task.handle.state(), task.said.get("num_epochs")
         seconds += time.monotonic() - task.begun
         told = f"epoch {last_epoch(task.folder)} of {last}" if last else ""
+        told = task.handle.reason() if state == "waiting" else told
     if isinstance(told, dict):
         told = main_result(told)
     return f"{state:9}  {named(task):{width}}  {of_time(seconds):>6}  {one_line(told)}".rstrip()

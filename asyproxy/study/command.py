@@ -60,8 +60,8 @@ def _prepare(images: Images):
     "Prints what `load_data` found, and the command that goes on with it."
     from asyproxy.data.prepare import describe, load_data, make
 
-    make(images.data_name, images.data_path)
     values = {name: getattr(images, name) for name in parameters(Images)}
+    make(images.data_name, images.data_path)
     data, options = load_data(**values), []
     for name, one in parameters(Images).items():
         if name not in ("data_name", "data_path") and values[name] != one.default:
@@ -97,8 +97,8 @@ def _add_cluster(runner):
     cluster.add_argument("--gpus", type=int, metavar="N", help="of a run, on each node")
     cluster.add_argument("--cpus", type=int, metavar="N", help="of a run (default: as many as threads)")
     cluster.add_argument("--time", metavar="TIME", help="such as 2:30:00 or 2-00; then a run is requeued and goes on")
-    cluster.add_argument("--sbatch", action="append", metavar="NAME=VALUE", help="another option of sbatch, such as "
-                         "mem=32G or account=NAME, may be repeated")
+    cluster.add_argument("--sbatch", action="append", metavar="NAME=VALUE",
+                         help="another option of sbatch, such as mem=32G or account=NAME, may be repeated")
 
 # %% ../../nbs/study/command.ipynb #ca12af9f
 def _executor(options: dict, threads: int):

@@ -67,9 +67,6 @@ class Worker:
         self._process.stdin.close()
 
 # %% ../../nbs/study/workers.ipynb #52d503f6
-#| export
-
-# %% ../../nbs/study/workers.ipynb #030cd47e
 class Workers:
     "Runs commands on this machine."
 
