@@ -103,12 +103,12 @@ def _is_fetched(folder: Path, prefix: str) -> bool:
         return False
     return True
 
-# %% ../../nbs/data/emoji.ipynb #c86a3fb5
+# %% ../../nbs/data/emoji.ipynb #8ae028ba
 def _reason(done: subprocess.CompletedProcess) -> str:
     "Why npm has failed, in one line."
     lines = [re.sub(r"^npm (error|ERR!) ?", "", line) for line in done.stderr.splitlines()]
     said = one_line(" ".join(line for line in lines if "complete log" not in line and ".log" not in line))
-    return shortened(said, 300) or f"nothing, and the exit code {done.returncode}"
+    return shortened(said, 200) or f"nothing, and the exit code {done.returncode}"
 
 
 def _fetch(folder: Path, prefix: str):
@@ -116,7 +116,8 @@ def _fetch(folder: Path, prefix: str):
     path = _tarball(folder, prefix)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as place:
-        done = _npm("pack", _spec(prefix), "--ignore-scripts", "--pack-destination", place, folder=Path(place))
+        asked = ("pack", _spec(prefix), "--ignore-scripts", "--pack-destination", place, "--fetch-retries=1")
+        done = _npm(*asked, folder=Path(place))
         packed = list(Path(place).glob("*.tgz"))
         if done.returncode or len(packed) != 1:
             raise OSError(f"expected npm to fetch {_spec(prefix)}, got: {_reason(done)}; where there is no network, "
@@ -259,7 +260,7 @@ def make_emoji(
     metadata = {"recipe": _recipe(), "resvg": version("resvg_py"), "classes": names, "attribution": credits}
     save_tensors(path, tensors, metadata)
 
-# %% ../../nbs/data/emoji.ipynb #e65a49fb
+# %% ../../nbs/data/emoji.ipynb #3a5cc775
 EMOJI_SHA256 = "e0282e45e5ce8db1594ebfe2345ba0c2ffbdab315dc8b2ffa5f3a78d487754bb"  # of the pixels
 
 
@@ -277,9 +278,11 @@ def load_emoji(
     try:
         tensors, metadata = _kept(path)
     except (OSError, ValueError) as error:
-        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
         option = f" --data_path {shlex.quote(str(data_path))}" if str(data_path) else ""
-        raise kind(f"no emoji yet: {error}; `asyproxy prepare emoji{option}` fetches and draws them") from error
+        advice = f"`asyproxy prepare emoji{option}` fetches and draws them"
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(f"expected the drawings of emoji in {path}, found none: {advice}") from error
+        raise ValueError(f"{error}; {advice}") from error
     pixels, notes = tensors["pixels"].numpy(), []
     if hashlib.sha256(pixels).hexdigest() != EMOJI_SHA256:
         notes = [f"the pixels are not those of the locked versions (drawn by resvg_py {metadata['resvg']})"]

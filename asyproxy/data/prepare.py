@@ -352,7 +352,7 @@ def _command(data: ImageData, entry: DataSet, data_path: str, options: str) -> s
     values |= _proposed(data, entry, study) | asked
     return " ".join([f"asyproxy run {study}", *(f"-p {name} {_quoted(value)}" for name, value in values.items())])
 
-# %% ../../nbs/data/prepare.ipynb #32a33172
+# %% ../../nbs/data/prepare.ipynb #11728355
 def describe(
     data: ImageData,  # of `load_data`
     data_path: str = "",  # for the command at the end
@@ -366,8 +366,8 @@ def describe(
     lines.append(f"fingerprint {data.fingerprint()['sha256'][:16]}")
     lines += [f"note: {shortened(one_line(note), 500)}" for note in about.get("notes", [])]
     if about.get("attribution"):
-        lines.append(f"of {len(about['attribution'])} authors, whom every record names (attribution, below data): "
-                     "name them wherever the pictures are shown")
+        lines.append(f"the authors of the pictures ask to be named with them: {len(about['attribution'])} lines, "
+                     "which every record holds (data, attribution)")
     if about.get("surplus"):
         lines.append(f"{about['surplus']:,} other images beside them are not used")
     obstacle = _obstacle(data)
