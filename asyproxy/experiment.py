@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['numbers', 'inside', 'Parameter', 'expectation', 'parameter', 'parameters', 'same', 'plain', 'cast', 'hint',
-           'complaint', 'checked', 'Checked', 'Images', 'Model', 'Experiment', 'located', 'published', 'identity',
-           'run_id', 'smallest', 'parameters_cell', 'cell_values']
+           'complaint', 'checked', 'Checked', 'Images', 'Model', 'Experiment', 'user_path', 'located', 'published',
+           'identity', 'run_id', 'smallest', 'parameters_cell', 'cell_values']
 
 # %% ../nbs/experiment.ipynb #e6ed028f
 import ast
@@ -301,7 +301,18 @@ class Experiment(Model):
     retrieval_num: int = parameter(
         8, "answers shown for a query; 0: no gallery", within="[0, inf)", identity=False, result=False)
 
-# %% ../nbs/experiment.ipynb #77ac6899
+# %% ../nbs/experiment.ipynb #9ed469b2
+def user_path(
+    text: str | Path,  # as a user wrote it
+) -> Path:
+    "The file or folder of that very name, if there is one, else the path with ~ for the home folder."
+    path = Path(text)
+    try:
+        return path if path.exists() else path.expanduser()
+    except (OSError, RuntimeError, ValueError):  # too long, no such user, a null character
+        return path
+
+# %% ../nbs/experiment.ipynb #2261fa49
 def located(
     parameter: Parameter,  # what is known of it
     value,  # as it was given
@@ -310,10 +321,10 @@ def located(
     text = str(value)
     if not parameter.path or not text or text in (*parameter.words, parameter.default):
         return value
+    path = user_path(text)
     try:
-        path = Path(text) if Path(text).exists() else Path(text).expanduser()  # a folder may be called ~backup
         return str(path.resolve()) if path.exists() else value
-    except (OSError, RuntimeError, ValueError):  # too long, no such user, a null character
+    except (OSError, RuntimeError, ValueError):  # too long, a circle of links, a null character
         return value
 
 # %% ../nbs/experiment.ipynb #ee467314

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['DATA_SETS', 'data_set']
 
-# %% ../../nbs/data/catalogue.ipynb #268ad72e
+# %% ../../nbs/data/catalogue.ipynb #75def225
 from difflib import get_close_matches
 
 from .cars import CARS
 from .cub import CUB
 from .digits import DIGITS
+from .emoji import EMOJI
 from .entry import DataSet
 from .glyphs import GLYPHS
 from .inshop import INSHOP
@@ -18,10 +19,11 @@ from .own import OWN
 from .products import PRODUCTS
 from .stl10 import STL10
 
-# %% ../../nbs/data/catalogue.ipynb #0dc2316c
+# %% ../../nbs/data/catalogue.ipynb #4d30cf2d
 DATA_SETS: dict[str, DataSet] = {
     "digits": DIGITS,
     "glyphs": GLYPHS,
+    "emoji": EMOJI,
     "car": CARS,
     "cub": CUB,
     "sop": PRODUCTS,

@@ -30,5 +30,5 @@ def load_digits(
     table = pd.DataFrame({"image": places, "label": labels, "class_name": names, "split": split})
     return ImageData("digits", table, PixelArray(pixels), image_size=8, test_resize=8, crop_scale=None, flips=False)
 
-# %% ../../nbs/data/digits.ipynb #5cc74f68
-DIGITS = DataSet(title="digits", load=load_digits, embedded=True)
+# %% ../../nbs/data/digits.ipynb #0eed99d5
+DIGITS = DataSet(title="digits", load=load_digits, embedded=True, origin="carried by scikit-learn")

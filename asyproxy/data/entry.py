@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from .table import ImageData
 
-# %% ../../nbs/data/entry.ipynb #a3a4159f
+# %% ../../nbs/data/entry.ipynb #e356144d
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
     "What is known of a data set before an image of it is seen. Raises ValueError where it is not got in one way."
@@ -20,6 +20,8 @@ class DataSet:
     find: Callable | None = None  # instead of readers: from data_path, test_classes and split_seed to `Found`
     load: Callable[..., ImageData] | None = None  # from data_path and, unless embedded, allow_incomplete
     embedded: bool = False  # drawn, or carried by a package: load needs no folder
+    origin: str = ""  # of an embedded one: where its images come from
+    make: Callable | None = None  # from data_path: fetches what load needs and has not; for `asyproxy prepare` alone
     official: dict[str, tuple[int, int]] = field(default_factory=dict)  # split -> images, classes
     protocol: dict = field(default_factory=dict)  # parameters that the papers train with: temperature, lr, recalls
     boxes: bool = False  # whether it comes with boxes to crop to

@@ -6,7 +6,7 @@
 __all__ = ['LITTER', 'OURS', 'IMAGES', 'FOREIGN', 'NO_TEXT', 'MOST_FILES', 'is_image', 'is_foreign', 'few', 'Seen', 'walk',
            'normalized', 'Files', 'common_base', 'natural', 'in_order']
 
-# %% ../../nbs/data/folders.ipynb #0ddb5357
+# %% ../../nbs/data/folders.ipynb #8a1e95a4
 import os
 import re
 import unicodedata
@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator
 from errno import ELOOP, ENOENT, ENOTDIR
 from pathlib import Path
 from stat import S_ISREG
+
+from ..experiment import user_path
 
 # %% ../../nbs/data/folders.ipynb #ea126ee8
 LITTER = {"thumbs.db", "desktop.ini", "system volume information", "$recycle.bin", "recycler"}  # Windows
@@ -144,7 +146,7 @@ def _steps(root: Path, seen: Seen) -> Iterator[tuple[str, str, list[str]]]:
         if place not in line:
             yield folder, below, sorted(names)
 
-# %% ../../nbs/data/folders.ipynb #7dd860b1
+# %% ../../nbs/data/folders.ipynb #a5aee62e
 MOST_FILES = 5_000_000
 
 
@@ -152,7 +154,7 @@ def walk(
     root: str | Path,  # the folder that was given
 ) -> Seen:  # path below root -> size in bytes
     "Raises FileNotFoundError, or ValueError on a file where a folder is expected, and on names that are no text."
-    root = Path(root).expanduser()
+    root = user_path(root)
     _check_folder(root)
     seen = Seen()
     for folder, below, names in _steps(root, seen):

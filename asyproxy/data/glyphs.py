@@ -131,5 +131,5 @@ def load_glyphs(
     source, crops = PixelArray(pixels), (0.6, 1.0)
     return ImageData("glyphs", table, source, image_size=64, test_resize=64, crop_scale=crops, flips=False)
 
-# %% ../../nbs/data/glyphs.ipynb #6bd4f46a
-GLYPHS = DataSet(title="glyphs", load=load_glyphs, embedded=True)
+# %% ../../nbs/data/glyphs.ipynb #d1c41d22
+GLYPHS = DataSet(title="glyphs", load=load_glyphs, embedded=True, origin="drawn from the fonts of matplotlib")

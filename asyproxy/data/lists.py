@@ -79,7 +79,7 @@ class MissingField(ValueError):
         super().__init__(message)
         self.fields = tuple(fields)
 
-# %% ../../nbs/data/lists.ipynb #a3693548
+# %% ../../nbs/data/lists.ipynb #0ed2b069
 @dataclass
 class Found:
     "A data set as it was found: the table before any image is opened."
@@ -90,6 +90,7 @@ class Found:
     notes: list[str] = field(default_factory=list)  # worth knowing, and no problem
     surplus: list[str] = field(default_factory=list)  # images beside those of the table
     no_boxes: str = ""  # why it has no boxes, though there is a list of them
+    drawn: bool = False  # whether the classes that test were drawn by split_seed already
 
 # %% ../../nbs/data/lists.ipynb #112e3286
 def shown(

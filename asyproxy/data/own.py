@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROLES', 'FILLING', 'WRAPPERS', 'NO_CLASS', 'FIRST_BYTES', 'OWN', 'role', 'class_folders', 'find_own']
 
-# %% ../../nbs/data/own.ipynb #b0a1cfac
+# %% ../../nbs/data/own.ipynb #466fd299
 import os
 import re
 import unicodedata
@@ -20,6 +20,7 @@ from .entry import DataSet
 from .folders import Files, few, in_order, is_foreign, is_image, natural, walk
 from .lists import Found, readable, read_lines
 from .own_table import csv_table
+from ..experiment import user_path
 
 # %% ../../nbs/data/own.ipynb #7470ff96
 def _level(paths: list[str]) -> tuple[str, list[str]]:
@@ -179,9 +180,12 @@ def _drawn(order: list[str], fraction: float, split_seed: int) -> list[str]:
                          f"got {fraction}")
     return np.random.default_rng(split_seed).permutation(order)[: round(fraction * len(order))].tolist()
 
-# %% ../../nbs/data/own.ipynb #a048dcb0
+# %% ../../nbs/data/own.ipynb #33edc454
 def _test_classes(order: list[str], test_classes: float | list[str], split_seed: int) -> tuple[list[str], str]:
     "The classes that test, and a note about them. Raises ValueError where a side is empty."
+    if isinstance(test_classes, list) and split_seed:
+        raise ValueError(f"expected split_seed 0 where a list says which classes test, got {split_seed}: there is "
+                         "nothing to draw")
     if isinstance(test_classes, list):
         chosen = _listed(order, test_classes)
         origin, advice = "from a list", ": name at least one class in the list, and not all"
@@ -225,7 +229,7 @@ def _notes(images: _Arrangement, order: list[str], files: Files) -> list[str]:
         notes.append(f"{len(other)} files are no images by their names, such as {other[0]}")
     return notes
 
-# %% ../../nbs/data/own.ipynb #19c41608
+# %% ../../nbs/data/own.ipynb #190c4408
 def class_folders(
     files: Files,  # what is there
     test_classes: float | list[str] = 0.5,  # fraction of the classes that test, or the names of those classes
@@ -247,7 +251,7 @@ def class_folders(
         layout, notes = "a folder for each class", [note]
         table["split"] = np.where(table["class_name"].isin(chosen), "test", "train")
     surplus = images.loose + [images.base + path for path in images.extra]
-    return readable(Found(layout, table, problems=files.sizes.lost(), surplus=surplus,
+    return readable(Found(layout, table, problems=files.sizes.lost(), surplus=surplus, drawn=not images.splits,
                           notes=notes + _notes(images, order, files)))
 
 # %% ../../nbs/data/own.ipynb #133aa926
@@ -287,13 +291,13 @@ def _first_bytes(path: Path) -> bytes:
     except OSError:
         return b""
 
-# %% ../../nbs/data/own.ipynb #45964fdd
+# %% ../../nbs/data/own.ipynb #5698a36c
 def _class_list(test_classes: str) -> float | list[str]:
     "A fraction, or the lines of the file of that name."
     try:
         return float(test_classes)
     except ValueError:
-        path = Path(test_classes).expanduser()
+        path = user_path(test_classes)
     if not path.is_file():
         raise ValueError("expected test_classes to be a share in (0, 1], or a file with a class a line, "
                          f"got {test_classes!r}")

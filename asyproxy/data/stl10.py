@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLASSES', 'IMAGE_BYTES', 'TRAINING_CLASSES', 'TEST_CLASSES', 'MOST_TEST_IMAGES', 'STL10', 'load_stl10']
 
-# %% ../../nbs/data/stl10.ipynb #07c76183
+# %% ../../nbs/data/stl10.ipynb #297f79c9
 import re
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from .folders import Files, few, walk
 from .lists import read_lines
 from .sources import PixelArray
 from .table import ImageData
+from ..experiment import user_path
 
 # %% ../../nbs/data/stl10.ipynb #150f8706
 def _binary_folder(root: Path) -> str:
@@ -108,14 +109,14 @@ def _chosen(training, test) -> tuple[np.ndarray, np.ndarray]:
     labels = np.concatenate([images.labels[rows] for images, rows in parts])
     return np.ascontiguousarray(pixels), labels.astype(np.int64)
 
-# %% ../../nbs/data/stl10.ipynb #b64d3ee0
+# %% ../../nbs/data/stl10.ipynb #0893998e
 def load_stl10(
     data_path: str | Path,  # a folder with stl10_binary, in whatever depth
     *,
     allow_incomplete: bool = False,  # accept files that are not the official ones
 ) -> ImageData:
     "STL10 as the toy needs it. Raises FileNotFoundError, or ValueError on files that are not the official ones."
-    root = Path(data_path).expanduser()
+    root = user_path(data_path)
     layout = _binary_folder(root)
     folder = root / layout
     others = _unofficial(folder)

@@ -43,7 +43,7 @@ def _view(
         pixels = F.center_crop(pixels, [centre[1], centre[1]])
     return F.horizontal_flip(pixels) if flips and torch.rand(1) < 0.5 else pixels
 
-# %% ../../nbs/data/views.ipynb #da61645f
+# %% ../../nbs/data/views.ipynb #09757932
 def transform(
     data: ImageData,  # its image_size, test_resize, crop_scale and flips count
     *,
@@ -53,5 +53,5 @@ def transform(
     if train and data.crop_scale:
         return partial(_view, square=data.image_size, flips=data.flips)
     pixels = data.source.pixels
-    fits = pixels is not None and data.boxes is None and pixels.shape[1:3] == (data.image_size, data.image_size)
+    fits = pixels is not None and data.boxes is None and {*pixels.shape[1:3], data.test_resize} == {data.image_size}
     return partial(_view, centre=None if fits else (data.test_resize, data.image_size), flips=train and data.flips)

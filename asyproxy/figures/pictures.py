@@ -12,50 +12,92 @@ from matplotlib.patches import Rectangle
 
 from .style import clipped, text_width
 
-# %% ../../nbs/figures/pictures.ipynb #42da8881
+# %% ../../nbs/figures/pictures.ipynb #69150d42
+def _size(image: np.ndarray, cell: tuple[float, float]) -> tuple[float, float]:
+    "Width and height of a picture that is as large as its cell allows."
+    height, width = image.shape[:2]
+    scale = min(cell[0] / width, cell[1] / height)
+    return scale * width, scale * height
+
+
+def _draw_picture(ax: plt.Axes, image: np.ndarray, centre: tuple[float, float], cell: tuple[float, float]) -> tuple:
+    "A picture in the middle of its cell; its left, top, width and height (upwards is less)."
+    width, height = _size(image, cell)
+    left, top = centre[0] - width / 2, centre[1] - height / 2
+    ax.imshow(image, cmap="gray", vmin=0, vmax=255, extent=(left, left + width, top + height, top),
+              interpolation="antialiased")
+    return left, top, width, height
+
+# %% ../../nbs/figures/pictures.ipynb #e18c5099
+def _page(width: float, height: float) -> tuple[plt.Figure, plt.Axes]:
+    "A figure of that size in inches, and axes in inches from its upper left corner."
+    figure = plt.figure(figsize=(width, height))
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.set_axis_off()
+    return figure, ax
+
+
+def _set_page(ax: plt.Axes, width: float, height: float):
+    "The limits, which a picture changes."
+    ax.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
+
+# %% ../../nbs/figures/pictures.ipynb #174f4dd3
 GREEN, RED = "#009E73", "#D55E00"
+_CELL, _GAP, _BELOW, _NAMES = (1.2, 0.95), 0.14, 0.3, 1.15  # inches: picture, between pictures, for a distance, names
 
 
-def _draw_query(ax: plt.Axes, image: np.ndarray, name: str):
+def _draw_query(ax: plt.Axes, image: np.ndarray, name: str, centre: tuple[float, float], cell: tuple[float, float]):
     "An image with the name of its class at its left."
-    ax.imshow(image, interpolation="none")
-    text = {"fontsize": 6, "ha": "right", "va": "center", "transform": ax.transAxes}
-    ax.text(-0.12, 0.5, clipped(name, 14, lines=6), **text)
+    left, _, _, height = _draw_picture(ax, image, centre, cell)
+    text = {"fontsize": 7, "ha": "right", "va": "center", "linespacing": 1}
+    ax.text(left - 0.1, centre[1], clipped(name, 18, lines=max(3, int(8 * height))), **text)
 
 
-def _draw_answer(ax: plt.Axes, image: np.ndarray, right: bool):
-    "An image in the frame of its correctness."
-    ax.imshow(image, interpolation="none")
+def _draw_answer(ax: plt.Axes, answer: tuple, centre: tuple[float, float], cell: tuple[float, float]):
+    "An image in the frame of its correctness, with its distance."
+    image, right, distance = answer
+    left, top, width, height = _draw_picture(ax, image, centre, cell)
     frame = {"ec": GREEN, "ls": "-"} if right else {"ec": RED, "ls": (0, (2, 1))}
-    ax.add_patch(Rectangle((0, 0), 1, 1, transform=ax.transAxes, fill=False, lw=2.5, clip_on=False, **frame))
+    around = 0.03  # inches between picture and the middle of its frame
+    ax.add_patch(Rectangle((left - around, top - around), width + 2 * around, height + 2 * around,
+                           fill=False, lw=1.8, clip_on=False, **frame))
+    ax.text(centre[0], top + height + 0.06, f"{distance:.3f}", fontsize=6, ha="center", va="top", color="0.25")
 
-# %% ../../nbs/figures/pictures.ipynb #c3158f14
+# %% ../../nbs/figures/pictures.ipynb #21aab50c
+def _row_cells(rows: list[tuple]) -> list[tuple[float, float]]:
+    "Width and height of the cells of each row; the width is the same in all."
+    sizes = [[_size(image, _CELL) for image in (query, *(answer[0] for answer in answers))]
+             for query, _, answers in rows]
+    width = max(width for row in sizes for width, _ in row)
+    return [(width, max(height for _, height in row)) for row in sizes]
+
+# %% ../../nbs/figures/pictures.ipynb #8fd1e471
 def retrieval_gallery(
-    rows: list[tuple],  # a query each: (its image, its class name, its answers as (image, is of its class))
-    source: str = "",  # small text below, such as the id of the run
+    rows: list[tuple],  # a query each: (its image, its class name, its answers as (image, is of its class, distance))
+    source: str = "",  # small text below, such as the id of the run, or whom the pictures are by
 ) -> plt.Figure:
-    "Queries with what was retrieved for them; images are arrays (H, W, 3)."
+    "Queries with what was retrieved for them; images are arrays (H, W, 3). Raises ValueError without a query."
+    if not rows:
+        raise ValueError("expected at least one query for a gallery, got none")
+    cells, bottom = _row_cells(rows), 0.05
     columns = 1 + max(len(answers) for _, _, answers in rows)
-    size = (0.7 * columns + 0.7, 0.7 * len(rows) + 0.2)
-    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
-    for line, (query, name, answers) in zip(axes, rows):
-        for ax in line:
-            ax.set_axis_off()
-        _draw_query(line[0], query, name)
-        for ax, answer in zip(line[1:], answers):
-            _draw_answer(ax, *answer)
-    figure.supxlabel(clipped(source, 18 * columns, lines=2), fontsize=5, color="0.4")
+    right = _NAMES + columns * (cells[0][0] + _GAP)
+    figure, ax = _page(right, 1)
+    for (query, name, answers), cell in zip(rows, cells):
+        centres = [(_NAMES + place * (cell[0] + _GAP) + cell[0] / 2, bottom + cell[1] / 2) for place in range(columns)]
+        _draw_query(ax, query, name, centres[0], cell)
+        for answer, centre in zip(answers, centres[1:]):
+            _draw_answer(ax, answer, centre, cell)
+        bottom += cell[1] + _BELOW
+    said = ", ".join(text for text in ("below each picture: 1 - cosine to the query", source) if text)
+    said = clipped(said, int(16 * right), lines=4)
+    ax.text(right / 2, bottom, said, fontsize=6, color="0.4", ha="center", va="top")
+    bottom += 0.12 * said.count("\n") + 0.2
+    figure.set_size_inches(right, bottom)
+    _set_page(ax, right, bottom)
     return figure
 
-# %% ../../nbs/figures/pictures.ipynb #fe7fe4f4
-def _fitted(image: np.ndarray, centre: tuple[float, float], cell: tuple[float, float]) -> tuple:
-    "Left, right, bottom and top of an image in the middle of its cell; upwards is less."
-    height, width = image.shape[:2]
-    scale = min(cell[0] / width, cell[1] / height) / 2
-    (x, y), right, down = centre, scale * width, scale * height
-    return x - right, x + right, y + down, y - down
-
-
+# %% ../../nbs/figures/pictures.ipynb #52bc76e9
 def _title(text: str, height: float) -> str:
     "In as many lines as fit beside a row of that height in inches."
     return clipped(text, 22, lines=max(1, int(8 * height)))
@@ -66,8 +108,7 @@ def _draw_row(ax: plt.Axes, title: str, images: list[np.ndarray], corner: tuple[
     left, middle = corner[0], corner[1] + cell[1] / 2
     ax.text(left - 0.06, middle, title, fontsize=8, ha="right", va="center", linespacing=1)
     for place, image in enumerate(images):
-        centre = left + place * (cell[0] + gap) + cell[0] / 2
-        ax.imshow(image, cmap="gray", vmin=0, vmax=255, extent=_fitted(image, (centre, middle), cell))
+        _draw_picture(ax, image, (left + place * (cell[0] + gap) + cell[0] / 2, middle), cell)
 
 # %% ../../nbs/figures/pictures.ipynb #0fcc6a8f
 def _draw_split(ax: plt.Axes, name: str, top: float, bottom: float, line: str):
@@ -87,7 +128,7 @@ def _widths(splits: dict, per_class: int, height: float) -> tuple[float, int]:
     longest = max(text_width(line) for title, _ in rows for line in _title(title, height).split("\n"))
     return 0.4 + 0.068 * longest, columns
 
-# %% ../../nbs/figures/pictures.ipynb #ef9dd1bc
+# %% ../../nbs/figures/pictures.ipynb #3899f24c
 def contact_sheet(
     splits: dict[str, dict[str, list[np.ndarray]]],  # split -> title of a row -> its images, (H, W, 3) or (H, W)
     *,
@@ -97,8 +138,7 @@ def contact_sheet(
     "Images in rows, the splits below each other. Raises ValueError without an image."
     gap, bottom = 0.06, 0.0  # inches
     left, columns = _widths(splits, per_class, cell[1])
-    figure = plt.figure(figsize=(1, 1))
-    ax = figure.add_axes((0, 0, 1, 1))
+    figure, ax = _page(1, 1)
     for number, (split, rows) in enumerate(splits.items()):
         top = bottom
         for title, images in rows.items():
@@ -107,7 +147,6 @@ def contact_sheet(
         _draw_split(ax, split, top, bottom - gap, "k--" if number else "k-")
         bottom += 2 * gap
     right = left + columns * (cell[0] + gap)
-    ax.set(xlim=(0, right), ylim=(bottom, 0), aspect="equal")
-    ax.set_axis_off()
     figure.set_size_inches(right, bottom)
+    _set_page(ax, right, bottom)
     return figure

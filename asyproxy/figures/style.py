@@ -224,7 +224,7 @@ _SETTINGS = {"mathtext.fontset": "stix", "font.size": 9, "figure.dpi": 110, "sav
 
 
 def use_style(
-    losses: Iterable[str] = (),  # in the order of their colours; from a table with titles, such as asyproxy.loss.LOSSES
+    losses: Iterable[str] = (),  # in the order of their colours, or a table with titles: asyproxy.loss.LOSSES
 ):
     "Sets matplotlib's style for the study's figures."
     try:

@@ -6,9 +6,9 @@
 __all__ = ['BACKBONES', 'Backbone', 'GlobalMaxPool', 'EmbeddingModel', 'check_image_size', 'describe_backbone', 'embed',
            'load_model', 'save_model', 'timm_names']
 
-# %% ../../nbs/model/index.ipynb #90ddcbe3
-from .backbones import BACKBONES, Backbone, GlobalMaxPool
-from .building import describe_backbone
+# %% ../../nbs/model/index.ipynb #c5adecbf
+from .backbones import BACKBONES, describe_backbone
+from .entry import Backbone, GlobalMaxPool
 from .embedding import EmbeddingModel, embed, load_model, save_model
 from .timm_models import check_image_size, timm_names
 

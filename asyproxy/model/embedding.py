@@ -6,7 +6,7 @@
 __all__ = ['FrozenBatchNorm', 'FeatureModel', 'EmbeddingModel', 'plain_state', 'load_plain_state', 'save_model', 'load_model',
            'embed']
 
-# %% ../../nbs/model/embedding.ipynb #236610cb
+# %% ../../nbs/model/embedding.ipynb #5d2bbfce
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from ..files import load_tensors, save_tensors
-from .building import build_backbone, describe_backbone
+from .backbones import build_backbone, describe_backbone
 from .weights import check_finite
 from ..processes import gather_rows, share
 

@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from .backbones import Backbone, GlobalMaxPool
+from .entry import Backbone, GlobalMaxPool
 
 # %% ../../nbs/model/timm_models.ipynb #244d72aa
 PREFIX = "timm:"  # of the names of its models

@@ -69,7 +69,7 @@ def _check_finite(embeddings: torch.Tensor, what: str):
         raise ValueError(f"expected finite {what}, got NaN or infinity in {len(wrong)} of {len(embeddings)} rows, "
                          f"the first is row {wrong[0]}: the training may have diverged")
 
-# %% ../../nbs/retrieval/database.ipynb #6a10d48c
+# %% ../../nbs/retrieval/database.ipynb #d408333e
 def build_database(
     model: EmbeddingModel,  # trained or not
     data: ImageData,  # any data set
@@ -157,7 +157,7 @@ def _spread_queries(
     first = np.unique(targets, return_index=True)[1]
     return first[np.linspace(0, len(first) - 1, min(count, len(first))).astype(int)]
 
-# %% ../../nbs/retrieval/database.ipynb #80a364ff
+# %% ../../nbs/retrieval/database.ipynb #5c0b1af5
 def _picture(data: ImageData, row: int) -> np.ndarray:
     "An image (H, W, 3), as it is drawn."
     return data.read(row).permute(1, 2, 0).numpy()
@@ -168,12 +168,14 @@ def _drawn_answers(
     database: EmbeddingDatabase,
     row: int,  # of the query in the table
     positions: torch.Tensor,  # (K,), its answers in the database
-) -> list[tuple]:  # (image, is of the query's class)
+    similarities: torch.Tensor,  # (K,), cosines
+) -> list[tuple]:  # (image, is of the query's class, 1 - cosine)
     "The answers to one query."
     label = data.table["label"][row]
-    return [(_picture(data, int(database.rows[i])), bool(database.labels[i] == label)) for i in positions]
+    return [(_picture(data, int(database.rows[i])), bool(database.labels[i] == label), 1 - float(similarity))
+            for i, similarity in zip(positions, similarities)]
 
-# %% ../../nbs/retrieval/database.ipynb #e96347a8
+# %% ../../nbs/retrieval/database.ipynb #f2e38bc2
 def example_answers(
     model: EmbeddingModel,  # the one that the database was built with
     data: ImageData,  # the data set of the database and the queries
@@ -183,13 +185,13 @@ def example_answers(
     retrieval_num: int = 8,  # answers to a query, or as many as there are
     count: int = 8,  # queries, or as many as there are classes
     leave_out_query: bool = True,  # no query is its own answer, nor is another box of its photograph
-) -> list[tuple]:  # (image, class name, [(image, is of the query's class)]) with images (H, W, 3)
+) -> list[tuple]:  # (image, class name, [(image, is of the query's class, 1 - cosine)]) with images (H, W, 3)
     "What a database answers to a few queries, for `figures.retrieval_gallery`. Raises ValueError on other images."
     _check_data(database, data)
     chosen = _spread_queries(queries.targets, count)
     embeddings, _ = embed(model, [queries[i] for i in chosen])
     itself = torch.as_tensor(queries.photos[chosen, None] == data.photos[database.rows]) & leave_out_query
     available = len(database) - int(itself.sum(dim=1).max())
-    _, answers_QK = search(database, embeddings, min(retrieval_num, available), exclude=itself)
-    return [(_picture(data, row), data.table["class_name"][row], _drawn_answers(data, database, row, positions))
-            for row, positions in zip(queries.rows[chosen], answers_QK)]
+    similarities_QK, answers_QK = search(database, embeddings, min(retrieval_num, available), exclude=itself)
+    return [(_picture(data, row), data.table["class_name"][row], _drawn_answers(data, database, row, *answers))
+            for row, *answers in zip(queries.rows[chosen], answers_QK, similarities_QK)]

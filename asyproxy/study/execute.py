@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SLOWEST_START', 'KILLED', 'execute', 'main']
 
-# %% ../../nbs/study/execute.ipynb #7f8d5183
+# %% ../../nbs/study/execute.ipynb #3bb8db64
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -41,7 +42,7 @@ class _ThisPython(AsyncKernelManager):
         command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         return KernelSpec(argv=command, display_name="Python", language="python")
 
-# %% ../../nbs/study/execute.ipynb #ceef8276
+# %% ../../nbs/study/execute.ipynb #4d239baf
 def _processes() -> list:
     return [process for manager in _STARTED if (process := getattr(manager.provisioner, "process", None))]
 
@@ -56,7 +57,7 @@ def _watch_kernels():
     while all(process.poll() is None for process in _processes()):
         time.sleep(0.1)
     print(KILLED, flush=True)
-    os._exit(1)
+    os._exit(128 + signal.SIGKILL)
 
 # %% ../../nbs/study/execute.ipynb #bea8e4b4
 SLOWEST_START = 900  # seconds
@@ -85,7 +86,7 @@ def execute(
         return f"the kernel did not start within {SLOWEST_START} seconds, or ended: {error}"
     return ""
 
-# %% ../../nbs/study/execute.ipynb #d18bd168
+# %% ../../nbs/study/execute.ipynb #9c762dd3
 def main(
     job: str,  # arguments of `execute` as JSON
 ) -> int:  # exit code
@@ -95,7 +96,9 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     reason = execute(*json.loads(job))
     print(reason, flush=True)
-    return 1 if reason else 0
+    if reason.startswith("KeyboardInterrupt: "):  # not by the notebook
+        return 128 + signal.SIGINT
+    return {"": 0, KILLED: 128 + signal.SIGKILL}.get(reason, 1)
 
 
 if __name__ == "__main__" and globals().get("__spec__"):  # by python -m, and not in a notebook
