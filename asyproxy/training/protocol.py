@@ -151,9 +151,8 @@ def checkpoint_settings(
 # %% ../../nbs/training/protocol.ipynb #23498aa5
 def _of_loss(experiment: Experiment) -> dict:
     "What `train` has to know of a loss."
-    known = {"lr_factor": lr_factor(experiment.loss, experiment.loss_options),
-             "per_class": per_class(experiment.loss, experiment.loss_options)}
-    return {name: value for name, value in known.items() if name in inspect.signature(train).parameters}
+    return {"lr_factor": lr_factor(experiment.loss, experiment.loss_options),
+            "per_class": per_class(experiment.loss, experiment.loss_options)}
 
 # %% ../../nbs/training/protocol.ipynb #bbb0f476
 def _train(experiment: Experiment, folder: Path, device: torch.device, data: ImageData, settings: dict) -> list[dict]:
