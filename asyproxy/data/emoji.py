@@ -260,8 +260,8 @@ def make_emoji(
     metadata = {"recipe": _recipe(), "resvg": version("resvg_py"), "classes": names, "attribution": credits}
     save_tensors(path, tensors, metadata)
 
-# %% ../../nbs/data/emoji.ipynb #3a5cc775
-EMOJI_SHA256 = "e0282e45e5ce8db1594ebfe2345ba0c2ffbdab315dc8b2ffa5f3a78d487754bb"  # of the pixels, with the locked versions
+# %% ../../nbs/data/emoji.ipynb #89254ded
+EMOJI_SHA256 = "e0282e45e5ce8db1594ebfe2345ba0c2ffbdab315dc8b2ffa5f3a78d487754bb"  # pixels of the locked versions
 
 
 def _table(labels: np.ndarray, names: list[str]) -> pd.DataFrame:
