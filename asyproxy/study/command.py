@@ -42,7 +42,8 @@ def _add_prepare(commands, asked: bool):
     reader = commands.add_parser(
         "prepare", help="find, count and check the images of a data set",
         description="Finds the images in whatever form they were unpacked, opens each once, compares the counts "
-                    "with the official ones and keeps the table beside the data.")
+                    "with the official ones and keeps the table beside the data. Emoji are fetched with npm "
+                    "and drawn, the first time.")
     known = parameters(Images)
     names = known["data_name"].names() if asked else ()
     reader.add_argument("data_name", help=f"one of {', '.join(names)}")
@@ -54,8 +55,9 @@ def _add_prepare(commands, asked: bool):
 # %% ../../nbs/study/command.ipynb #7278c16d
 def _prepare(images: Images):
     "Prints what `load_data` found, and the command that goes on with it."
-    from asyproxy.data.prepare import describe, load_data
+    from asyproxy.data.prepare import describe, load_data, make
 
+    make(images.data_name, images.data_path)
     values = {name: getattr(images, name) for name in parameters(Images)}
     data, options = load_data(**values), []
     for name, one in parameters(Images).items():
