@@ -103,12 +103,12 @@ def _is_fetched(folder: Path, prefix: str) -> bool:
         return False
     return True
 
-# %% ../../nbs/data/emoji.ipynb #8ae028ba
+# %% ../../nbs/data/emoji.ipynb #5ccbd03e
 def _reason(done: subprocess.CompletedProcess) -> str:
     "Why npm has failed, in one line."
     lines = [re.sub(r"^npm (error|ERR!) ?", "", line) for line in done.stderr.splitlines()]
     said = one_line(" ".join(line for line in lines if "complete log" not in line and ".log" not in line))
-    return shortened(said, 200) or f"nothing, and the exit code {done.returncode}"
+    return shortened(said.partition(" If you are behind")[0], 250) or f"nothing, and the exit code {done.returncode}"
 
 
 def _fetch(folder: Path, prefix: str):
