@@ -61,7 +61,7 @@ PACKAGES = {
         "UAasRaxzFUKfIGSmLwnoarsssA4LX0VLLuEmplIqM6ZNQqIQRtav8tZ4H1neTlBreXuMQyAifr5jP4kn78DpiQ=="),
 }
 
-# %% ../../nbs/data/emoji.ipynb #1ce7ce0d
+
 def _spec(prefix: str) -> str:
     "What npm is asked for."
     return f"@iconify-json/{prefix}@{PACKAGES[prefix].version}"
@@ -103,12 +103,12 @@ def _is_fetched(folder: Path, prefix: str) -> bool:
         return False
     return True
 
-# %% ../../nbs/data/emoji.ipynb #8ae028ba
+# %% ../../nbs/data/emoji.ipynb #5ccbd03e
 def _reason(done: subprocess.CompletedProcess) -> str:
     "Why npm has failed, in one line."
     lines = [re.sub(r"^npm (error|ERR!) ?", "", line) for line in done.stderr.splitlines()]
     said = one_line(" ".join(line for line in lines if "complete log" not in line and ".log" not in line))
-    return shortened(said, 200) or f"nothing, and the exit code {done.returncode}"
+    return shortened(said.partition(" If you are behind")[0], 250) or f"nothing, and the exit code {done.returncode}"
 
 
 def _fetch(folder: Path, prefix: str):
@@ -224,7 +224,7 @@ def _kept(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         raise ValueError(f"expected emoji of this version of asyproxy in {path}, got others")
     return tensors, metadata
 
-# %% ../../nbs/data/emoji.ipynb #37d270f0
+
 def _resvg() -> str:
     "The version of resvg_py that is installed; empty where none is."
     try:
@@ -260,8 +260,8 @@ def make_emoji(
     metadata = {"recipe": _recipe(), "resvg": version("resvg_py"), "classes": names, "attribution": credits}
     save_tensors(path, tensors, metadata)
 
-# %% ../../nbs/data/emoji.ipynb #3a5cc775
-EMOJI_SHA256 = "e0282e45e5ce8db1594ebfe2345ba0c2ffbdab315dc8b2ffa5f3a78d487754bb"  # of the pixels
+# %% ../../nbs/data/emoji.ipynb #89254ded
+EMOJI_SHA256 = "e0282e45e5ce8db1594ebfe2345ba0c2ffbdab315dc8b2ffa5f3a78d487754bb"  # pixels of the locked versions
 
 
 def _table(labels: np.ndarray, names: list[str]) -> pd.DataFrame:
@@ -269,7 +269,7 @@ def _table(labels: np.ndarray, names: list[str]) -> pd.DataFrame:
     return pd.DataFrame({"image": np.arange(len(labels)), "label": labels, "class_name": [names[i] for i in labels],
                          "split": np.where(labels < len(names) // 2, "train", "test")})
 
-# %% ../../nbs/data/emoji.ipynb #365afe13
+
 def load_emoji(
     data_path: str | Path = "",  # where `make_emoji` has put them; by default the cache
 ) -> ImageData:

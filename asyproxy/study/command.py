@@ -60,6 +60,7 @@ def _prepare(images: Images):
     "Prints what `load_data` found, and the command that goes on with it."
     from asyproxy.data.prepare import describe, load_data, make
 
+    make(images.data_name, images.data_path)
     values = {name: getattr(images, name) for name in parameters(Images)}
     make(images.data_name, images.data_path)
     data, options = load_data(**values), []
