@@ -91,7 +91,7 @@ def named(
     values = ", ".join(f"{name} {value}" for name, value in task.job.parameters)
     return task.identity or one_line(f"{task.job.part}: {values or Path(task.job.notebook).stem}")
 
-# %% ../../nbs/study/board.ipynb #ec9a29ab
+# %% ../../nbs/study/board.ipynb #83e26432
 def row(
     task: Task,  # in any state
     width: int = 0,  # columns of the name
@@ -102,6 +102,7 @@ def row(
         state, last = task.handle.state(), task.said.get("num_epochs")
         seconds += time.monotonic() - task.begun
         told = f"epoch {last_epoch(task.folder)} of {last}" if last else ""
+        told = task.handle.reason() if state == "waiting" else told
     if isinstance(told, dict):
         told = main_result(told)
     return f"{state:9}  {named(task):{width}}  {of_time(seconds):>6}  {one_line(told)}".rstrip()

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['main', 'console']
 
-# %% ../../nbs/study/command.ipynb #76e63234
+# %% ../../nbs/study/command.ipynb #2b70a155
 import argparse
+import math
 import shlex
 import signal
 import sys
@@ -66,7 +67,7 @@ def _prepare(images: Images):
             options += ["-p", name, shlex.quote(value)]
     print(describe(data, images.data_path, " ".join(options)))
 
-# %% ../../nbs/study/command.ipynb #0a0da8bd
+# %% ../../nbs/study/command.ipynb #4ed26703
 def _add_batch(commands):
     "The command `asyproxy batch`."
     runner = commands.add_parser(
@@ -77,35 +78,41 @@ def _add_batch(commands):
     runner.add_argument("plan", help="a YAML file, or the name of one in nbs/studies/plans (smoke, embedded)")
     runner.add_argument("--only", nargs="+", default=[], metavar="PART", help="parts of the plan, with those they need")
     runner.add_argument("--dry-run", action="store_true", help="tell what would run and what it takes, and run nothing")
-    runner.add_argument("--workers", type=int, default=1, metavar="N",
-                        help="runs at the same time (default: 1); each has a GPU of its own where there are any")
+    runner.add_argument("--workers", type=int, metavar="N",
+                        help="runs at the same time (default: 1; with --on slurm all that may start); each has a GPU of "
+                             "its own where there are any")
     runner.add_argument("--threads", type=int, metavar="N",
                         help="threads of a run on the processor (default: $OMP_NUM_THREADS, else 1); with another "
                              "number, results may differ in the last digits")
     _add_cluster(runner)
 
-# %% ../../nbs/study/command.ipynb #0b3b953a
+# %% ../../nbs/study/command.ipynb #ed7086b6
 def _add_cluster(runner):
     "What Slurm is told."
     cluster = runner.add_argument_group("on a cluster")
     cluster.add_argument("--on", choices=("here", "slurm"), default="here", help="where the runs go (default: here)")
     cluster.add_argument("--partition", help="of Slurm")
-    cluster.add_argument("--gpus", type=int, metavar="N", help="of a run")
-    cluster.add_argument("--time", metavar="TIME", help="that a run may take, such as 2:30:00")
+    cluster.add_argument("--gpus", type=int, metavar="N", help="of a run, on each node")
+    cluster.add_argument("--cpus", type=int, metavar="N", help="of a run (default: as many as threads)")
+    cluster.add_argument("--time", metavar="TIME", help="such as 2:30:00 or 2-00; then a run is requeued and goes on")
+    cluster.add_argument("--sbatch", action="append", metavar="NAME=VALUE", help="another option of sbatch, such as "
+                         "mem=32G or account=NAME, may be repeated")
 
-# %% ../../nbs/study/command.ipynb #ca12af9f
+# %% ../../nbs/study/command.ipynb #5c935b5a
 def _executor(options: dict, threads: int):
     "What runs the commands. Raises ValueError."
     from asyproxy.study.workers import Workers
 
-    for_slurm = {name: options[name] for name in ("partition", "gpus", "time")}
+    names, workers = ("partition", "gpus", "cpus", "time", "sbatch"), options["workers"]
+    for_slurm = {name: options[name] for name in names if options[name] is not None}
     if options["on"] == "slurm":
         from asyproxy.study.slurm import Slurm
 
-        return Slurm(threads=threads, **for_slurm)
-    if unused := [f"--{name}" for name, value in for_slurm.items() if value is not None]:
-        raise ValueError(f"expected {', '.join(unused)} with --on slurm, got --on here")
-    return Workers(options["workers"])
+        slots = math.inf if workers is None else workers
+        return Slurm(output_folder("runs", "slurm"), slots=slots, **{"cpus": threads} | for_slurm)
+    if for_slurm:
+        raise ValueError(f"expected --on slurm with {', '.join(f'--{name}' for name in for_slurm)}, got --on here")
+    return Workers(1 if workers is None else workers)
 
 # %% ../../nbs/study/command.ipynb #446ff6e1
 def _batch(options: dict):
