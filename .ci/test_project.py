@@ -337,6 +337,11 @@ def test_benchmark_and_report(tmp_path):
     recalls = [record["metrics"]["last"]["dense"]["recall@1"] for record in (one, both)]
     assert both["run_id"] != one["run_id"] and abs(recalls[0] - recalls[1]) <= 0.01, recalls
     anchored = run_study("benchmark", tmp_path, loss="proxy_anchor", loss_options="margin=0.2")
+    trial = run_study("benchmark", tmp_path, with_test=False, oracle=False)  # the same training, and the test set stays shut
+    assert trial["metrics"] == {} and [entry["loss"] for entry in trial["history"]] == [entry["loss"] for entry in one["history"]]
+    kept = {path.name for path in (tmp_path / "runs" / trial["run_id"]).glob("*.*")}
+    assert "log.csv" in kept and not any(name.endswith("safetensors") for name in kept)
+    assert not list(tmp_path.rglob("checkpoint-*")) and list((tmp_path / "runs" / one["run_id"]).glob("best.safetensors"))
     before = "benchmark-glyphs-lite0-asymptotic-512-0-94b0ecab"  # of `asymptotic` proxies
     shutil.copy(ROOT / ".ci" / "record_of_before.json", tmp_path / "figures" / "records" / f"{before}.json")
     odd = {"nothing": {"metrics": None}, "halves": {"metrics": {"selected": {"dense": None}}}, "undrawn": {"history": None}}
@@ -368,6 +373,8 @@ WRONG = (
     ("validation", "0.9", "leaves at least two of the 7 training classes"), ("weights", "no.pth", "there is no such file"),
     ("device", "cuda", "expected a device of this machine"), ("precision", "tf32", "expected a GPU for precision tf32"),
     ("loss_options", "margn=1", "margn"), ("feature_dim", "0", "feature_dim to be at least 1"),
+    ("schedule", "linear", "step, cosine, constant"), ("warm_up", "2", "fewer epochs than num_epochs (2), got 2"),
+    ("with_test", "false", "with_test with oracle"),
 )
 
 
@@ -379,6 +386,7 @@ def test_wrong_parameters_are_refused_before_work(tmp_path):
     cases = [({name: value}, message) for name, value, message in WRONG]
     cases += [({"data_name": "own", "data_path": f"{own}s"}, "nothing at"), (images, "leaves at least two of the 4 training"),
               (images | {"validation": "0", "recalls": "1,10"}, "expected each K of recalls in 1 ... 7"),
+              ({"validation": "0", "patience": "3"}, "a validation for patience 3"),
               (images | {"test_classes": "2"}, "test_classes to be a share"), (images | {"cropped": "true"}, "boxes")]
     script = f"""
 import contextlib, io, json
