@@ -16,6 +16,7 @@ from filecmp import cmp
 from importlib.metadata import metadata
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 from packaging.requirements import Requirement
@@ -336,6 +337,11 @@ def test_benchmark_and_report(tmp_path):
     recalls = [record["metrics"]["last"]["dense"]["recall@1"] for record in (one, both)]
     assert both["run_id"] != one["run_id"] and abs(recalls[0] - recalls[1]) <= 0.01, recalls
     anchored = run_study("benchmark", tmp_path, loss="proxy_anchor", loss_options="margin=0.2")
+    trial = run_study("benchmark", tmp_path, with_test=False, oracle=False)  # the same training, and the test set stays shut
+    assert trial["metrics"] == {} and [entry["loss"] for entry in trial["history"]] == [entry["loss"] for entry in one["history"]]
+    kept = {path.name for path in (tmp_path / "runs" / trial["run_id"]).glob("*.*")}
+    assert "log.csv" in kept and not any(name.endswith("safetensors") for name in kept)
+    assert not list(tmp_path.rglob("checkpoint-*")) and list((tmp_path / "runs" / one["run_id"]).glob("best.safetensors"))
     before = "benchmark-glyphs-lite0-asymptotic-512-0-94b0ecab"  # of `asymptotic` proxies
     shutil.copy(ROOT / ".ci" / "record_of_before.json", tmp_path / "figures" / "records" / f"{before}.json")
     odd = {"nothing": {"metrics": None}, "halves": {"metrics": {"selected": {"dense": None}}}, "undrawn": {"history": None}}
@@ -367,6 +373,8 @@ WRONG = (
     ("validation", "0.9", "leaves at least two of the 7 training classes"), ("weights", "no.pth", "there is no such file"),
     ("device", "cuda", "expected a device of this machine"), ("precision", "tf32", "expected a GPU for precision tf32"),
     ("loss_options", "margn=1", "margn"), ("feature_dim", "0", "feature_dim to be at least 1"),
+    ("schedule", "linear", "step, cosine, constant"), ("warm_up", "2", "fewer epochs than num_epochs (2), got 2"),
+    ("with_test", "false", "with_test with oracle"),
 )
 
 
@@ -378,6 +386,7 @@ def test_wrong_parameters_are_refused_before_work(tmp_path):
     cases = [({name: value}, message) for name, value, message in WRONG]
     cases += [({"data_name": "own", "data_path": f"{own}s"}, "nothing at"), (images, "leaves at least two of the 4 training"),
               (images | {"validation": "0", "recalls": "1,10"}, "expected each K of recalls in 1 ... 7"),
+              ({"validation": "0", "patience": "3"}, "a validation for patience 3"),
               (images | {"test_classes": "2"}, "test_classes to be a share"), (images | {"cropped": "true"}, "boxes")]
     script = f"""
 import contextlib, io, json
@@ -399,6 +408,80 @@ def test_runs_that_are_ended_come_to_the_same():
     "Ended three times; `ASYPROXY_FUZZ=13` tries 39 times."
     script = "import sys; sys.path.insert(0, '.ci'); import signals; signals.ended(int(sys.argv[1]), 0)"
     call(sys.executable, "-c", script, round(3 * float(os.environ.get("ASYPROXY_FUZZ", "1"))))
+
+
+FATES = """
+import resource, time
+from tqdm import tqdm
+if seed == 0:
+    for epoch in range(5):
+        for batch in tqdm(range(1000), desc=f"epoch {epoch + 1}/5", mininterval=0):
+            pass
+    print("the last line")
+if seed == 1:
+    raise ArithmeticError("seed 1")
+if seed == 2:
+    resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))
+held = bytearray(2**32 if seed == 2 else 2**28)
+run.finish(metrics={"held": len(held)})
+"""
+
+
+@pytest.fixture
+def four(tmp_path) -> Path:
+    "A plan of four runs in a folder with braces; the kernel of its notebook is unknown, and a merge broke what is beside it."
+    folder = tmp_path / "run{a}"
+    cells = ["seed: int = 0", "from asyproxy.study import Run\nrun = Run('four', globals())", FATES]
+    cells = [nbformat.v4.new_code_cell(cell) for cell in cells]
+    cells[0].metadata["tags"] = ["parameters"]
+    kernel = {"name": "py39_new", "display_name": "of another machine", "language": "python"}
+    (folder / "figures" / "records").mkdir(parents=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), folder / "four.ipynb")
+    for broken in ("broken.ipynb", "figures/records/broken.json"):
+        (folder / broken).write_text("<<<<<<< HEAD\n{}\n=======\n{}\n>>>>>>> theirs")
+    part = {"name": "seeds", "notebook": str(folder / "four.ipynb"), "grid": {"seed": [0, 1, 2, 3]}}
+    (folder / "plan.yaml").write_text(json.dumps([part]))
+    return folder
+
+
+def test_a_run_that_fails_stops_no_other(four):
+    "The second of four runs raises an error, the third takes too much memory; what they came to is listed and cleaned."
+    environment = ENVIRONMENT | {"ASYPROXY_OUTPUT": str(four)}
+
+    def asyproxy(*words, code=0) -> list[str]:
+        command = [sys.executable, "-m", "asyproxy", *map(str, words)]
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout.splitlines()
+
+    said = asyproxy("batch", four / "plan.yaml", "--workers", 2, code=1)
+    table = [line.split() for line in said[-5:-1]]
+    assert [(row[0], row[1][:6]) for row in table] == [
+        ("done", "four-0"), ("failed", "four-1"), ("failed", "four-2"), ("done", "four-3")], said
+    assert " ArithmeticError: seed 1. See " in said[-4] and " MemoryError" in said[-3]
+    assert said[-1].startswith("plan.yaml: 2 of 4 done, 2 failed") and "broken.json" in said[0]
+    executed, = four.glob("runs/four-0-*/four.ipynb")
+    assert "the last line" in executed.read_text() and executed.stat().st_size < 1_000_000
+    again = asyproxy("batch", four / "plan.yaml", "--dry-run")
+    assert [line.split()[:3] for line in again[1:3]] == [["would", "run", row[1]] for row in table[1:3]]
+    states = {line.split()[1]: line for line in asyproxy("runs")}
+    assert [states[row[1]].split()[0] for row in table] == ["complete", "failed", "failed", "complete"]
+    assert states["broken"].startswith("damaged") and "ArithmeticError: seed 1" in states[table[1][1]]
+    assert len(asyproxy("runs", "--clean", "failed", "--yes")) == 4
+    assert sorted(path.name for path in four.glob("runs/*")) == sorted(row[1] for row in table if row[0] == "done")
+    differing = asyproxy("runs", table[0][1], "four-3")
+    assert ["seed", "0", "3"] in [line.split() for line in differing] and "lr" not in " ".join(differing)
+
+
+@pytest.mark.parametrize("notebook", ("quick", "benchmark"))
+def test_batches_that_are_ended_come_to_the_same(notebook):
+    "Ended twice, with a notebook that only pretends to train; `ASYPROXY_FUZZ=20` tries 40 times, and 20 with another one."
+    factor = float(os.environ.get("ASYPROXY_FUZZ", "1"))
+    if number := round(2 * factor) if notebook == "quick" else int(factor) if factor > 1 else 0:
+        script = "import sys; sys.path.insert(0, '.ci'); import batches; batches.ended(int(sys.argv[1]), 0, eval(sys.argv[2]))"
+        call(sys.executable, "-c", script, number, notebook == "quick")
+    else:
+        pytest.skip("takes minutes")
 
 
 ISC = "from asyproxy.fixtures import write_fixture; write_fixture(sys.argv[1], 'isc', 'official')"

@@ -44,7 +44,7 @@ def fitted(
         kept += character
     return f"{kept}…"
 
-# %% ../../nbs/study/board.ipynb #a358b35e
+# %% ../../nbs/study/board.ipynb #b1a333af
 def of_time(
     seconds: float,  # since something began, or until it ends
 ) -> str:
@@ -53,14 +53,15 @@ def of_time(
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
-
+# %% ../../nbs/study/board.ipynb #db483e6f
 def seconds_left(
-    batch: Batch,
+    batch: Batch,  # on its way
     records: list[dict],  # of `read_records`, from before the batch
 ) -> float | None:  # None: nothing is known
     "How long it will take until nothing is left to be done."
     done = batch.within("done")
-    time_left, _ = estimate(batch.plan, batch.outcomes(), records + [task.outcome for task in done], {})
+    made = [task.outcome | {"seconds": task.seconds} for task in done]  # a record does not know how long a start takes
+    time_left, _ = estimate(batch.plan, batch.outcomes(), records + made, {})
     if not time_left.known and not done:
         return None
     unknown = time_left.unknown * (sum(task.seconds for task in done) / len(done) if done else 0.0)
@@ -68,9 +69,9 @@ def seconds_left(
     at_once = min(batch.executor.slots, max(1, len(batch.within("running", "waiting"))))
     return max(0.0, time_left.known + unknown - spent) / at_once
 
-# %% ../../nbs/study/board.ipynb #283b49bc
+# %% ../../nbs/study/board.ipynb #ff649e69
 def counted(
-    batch: Batch,
+    batch: Batch,  # on its way
 ) -> str:
     "Such as `3 of 10 done (1 before), 2 running, 1 failed, 4 to come`."
     before, done, failed = (len(batch.within(state)) for state in ("complete", "done", "failed"))
@@ -82,17 +83,17 @@ def counted(
     said = [f"{number} {state}" for state, number in numbers.items() if number]
     return ", ".join([f"{before + done} of {total} done{f' ({before} before)' if before else ''}", *said])
 
-# %% ../../nbs/study/board.ipynb #f69a4b76
+# %% ../../nbs/study/board.ipynb #2528c2cd
 def named(
-    task: Task,
+    task: Task,  # in any state
 ) -> str:
     "What a run is called."
     values = ", ".join(f"{name} {value}" for name, value in task.job.parameters)
     return task.identity or one_line(f"{task.job.part}: {values or Path(task.job.notebook).stem}")
 
-
+# %% ../../nbs/study/board.ipynb #83e26432
 def row(
-    task: Task,
+    task: Task,  # in any state
     width: int = 0,  # columns of the name
 ) -> str:
     "State, name, time, and what it came to or how far it is."
@@ -106,9 +107,9 @@ def row(
         told = main_result(told)
     return f"{state:9}  {named(task):{width}}  {of_time(seconds):>6}  {one_line(told)}".rstrip()
 
-
+# %% ../../nbs/study/board.ipynb #836d2a36
 def table(
-    tasks: list[Task],
+    tasks: list[Task],  # in any state
 ) -> list[str]:  # lines
     "A row for each run."
     width = max((len(named(task)) for task in tasks), default=0)
@@ -124,7 +125,7 @@ def summary(
     head = f"{batch.plan.name}: {counted(batch)}; {of_time(time.monotonic() - batch.begun)}"
     return [*table(own), *map(one_line, stuck), head]
 
-# %% ../../nbs/study/board.ipynb #8f3791e7
+# %% ../../nbs/study/board.ipynb #240f29b6
 def _prospect(task: Task) -> str:
     "What would become of a run."
     if task.state == "failed":
@@ -133,7 +134,7 @@ def _prospect(task: Task) -> str:
     epoch, last = last_epoch(task.folder), task.said.get("num_epochs")
     return f"{state}  {named(task)}{f', from epoch {epoch} of {last} on' if epoch else ''}"
 
-
+# %% ../../nbs/study/board.ipynb #0cf4371e
 def outlook(
     batch: Batch,  # that has looked, and started nothing
     records: list[dict],  # of `read_records`
@@ -144,12 +145,30 @@ def outlook(
     kept = {entry.identity: entry.size for entry in inventory() if entry.state == "complete"}
     cost = estimate(batch.plan, batch.outcomes(), records, kept)
     workers = batch.executor.slots if math.isfinite(batch.executor.slots) else 1
-    later = total - len(batch.tasks)
-    numbers = f"{total} runs, {complete} complete, {len(tasks)} as above" + (f", {later} follow from a search" if later else "")
-    return [*map(_prospect, tasks), f"{batch.plan.name}: {numbers}",
-            f"{in_short(*cost, workers)}, {f'{workers} at a time' if workers > 1 else 'one after the other'}"]
+    later = f", {total - len(batch.tasks)} follow from a search" if total > len(batch.tasks) else ""
+    at_once = f"{workers} at a time" if workers > 1 else "one after the other"
+    numbers = f"{total} runs, {complete} complete, {len(tasks)} as above{later}"
+    return [*map(_prospect, tasks), f"{batch.plan.name}: {numbers}", f"{in_short(*cost, workers)}, {at_once}"]
 
-# %% ../../nbs/study/board.ipynb #96f78418
+# %% ../../nbs/study/board.ipynb #e53dd5f0
+def _redraw(stream: TextIO, old: list[str], lines: list[str]) -> list[str]:
+    "Puts lines in the place of others, and gives them as they are then."
+    width = shutil.get_terminal_size().columns
+    rows = sum(max(1, math.ceil(columns(line) / width)) for line in old)
+    lines = [fitted(line, max(1, width - 1)) for line in lines]
+    up = f"\x1b[{rows}F\x1b[J" if rows else ""
+    stream.write(up + "".join(f"{line}\n" for line in lines))
+    stream.flush()
+    return lines
+
+# %% ../../nbs/study/board.ipynb #461b776d
+def _for_terminal(batch: Batch) -> list[str]:
+    tasks = [*batch.within("running", "elsewhere"), *reversed(batch.within("failed"))]
+    room = max(0, shutil.get_terminal_size().lines - 3)
+    more = [f"and {len(tasks) - room} more"] if len(tasks) > room else []
+    return [*table(tasks[:room]), *more]
+
+# %% ../../nbs/study/board.ipynb #a1c38069
 class Board:
     "Shows how a batch stands."
 
@@ -165,13 +184,13 @@ class Board:
 
     def tell(
         self,
-        batch: Batch,
+        batch: Batch,  # on its way
     ):
         "Shows what has changed; on a terminal also once a second."
         new = [task for task in batch.within("done", "failed") if task not in self._told]
         self._told += new
         if self.live and (new or time.monotonic() - self._drawn >= 1):
-            self._draw([f"{batch.plan.name}: {self._head(batch)}", *self._rows(batch)])
+            self._draw([f"{batch.plan.name}: {self._head(batch)}", *_for_terminal(batch)])
         for task in [] if self.live else new:
             print(f"{row(task)} [{self._head(batch)}]", file=self.stream, flush=True)
 
@@ -192,17 +211,6 @@ class Board:
         later = "" if left is None else f", about {of_time(max(0.0, left - now + when))} left"
         return f"{counted(batch)}; {of_time(now - batch.begun)}{later}"
 
-    def _rows(self, batch: Batch) -> list[str]:
-        tasks = [*batch.within("running", "elsewhere"), *reversed(batch.within("failed"))]
-        room = max(0, shutil.get_terminal_size().lines - 3)
-        more = [f"and {len(tasks) - room} more"] if len(tasks) > room else []
-        return [*table(tasks[:room]), *more]
-
     def _draw(self, lines: list[str]):
-        width = shutil.get_terminal_size().columns
-        rows = sum(max(1, math.ceil(columns(line) / width)) for line in self._lines)
-        self._lines = [fitted(line, max(1, width - 1)) for line in lines]
-        up = f"\x1b[{rows}F\x1b[J" if rows else ""
-        self.stream.write(up + "".join(f"{line}\n" for line in self._lines))
-        self.stream.flush()
+        self._lines = _redraw(self.stream, self._lines, lines)
         self._drawn = time.monotonic()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main', 'console']
 
-# %% ../../nbs/study/command.ipynb #76e63234
+# %% ../../nbs/study/command.ipynb #2b70a155
 import argparse
 import math
 import shlex
@@ -17,7 +17,7 @@ from .environment import checkout, output_folder
 from .record import BUSY, Busy, read_records
 from .run import Killed, find_notebook, notebook_parameters, run
 
-# %% ../../nbs/study/command.ipynb #f4b13e39
+# %% ../../nbs/study/command.ipynb #94b8d807
 def _add_run(commands):
     "The command `asyproxy run`."
     runner = commands.add_parser(
@@ -30,7 +30,7 @@ def _add_run(commands):
     runner.add_argument("--once", action="store_true", help="do nothing if its record is there, as a batch has it")
     runner.add_argument("--parameters", action="store_true", help="list what the notebook takes, and run nothing")
 
-
+# %% ../../nbs/study/command.ipynb #ebc8cfb3
 def _list_parameters(notebook: str):
     "Name, default and meaning of each, with the names that a catalogue holds."
     path = find_notebook(notebook)
@@ -67,7 +67,7 @@ def _prepare(images: Images):
             options += ["-p", name, shlex.quote(value)]
     print(describe(data, images.data_path, " ".join(options)))
 
-# %% ../../nbs/study/command.ipynb #7bcc225a
+# %% ../../nbs/study/command.ipynb #4ed26703
 def _add_batch(commands):
     "The command `asyproxy batch`."
     runner = commands.add_parser(
@@ -84,6 +84,11 @@ def _add_batch(commands):
     runner.add_argument("--threads", type=int, metavar="N",
                         help="threads of a run on the processor (default: $OMP_NUM_THREADS, else 1); with another "
                              "number, results may differ in the last digits")
+    _add_cluster(runner)
+
+# %% ../../nbs/study/command.ipynb #ed7086b6
+def _add_cluster(runner):
+    "What Slurm is told."
     cluster = runner.add_argument_group("on a cluster")
     cluster.add_argument("--on", choices=("here", "slurm"), default="here", help="where the runs go (default: here)")
     cluster.add_argument("--partition", help="of Slurm")
@@ -93,7 +98,7 @@ def _add_batch(commands):
     cluster.add_argument("--sbatch", action="append", metavar="NAME=VALUE", help="another option of sbatch, such as "
                          "mem=32G or account=NAME, may be repeated")
 
-
+# %% ../../nbs/study/command.ipynb #5c935b5a
 def _executor(options: dict, threads: int):
     "What runs the commands. Raises ValueError."
     from asyproxy.study.workers import Workers
@@ -109,10 +114,10 @@ def _executor(options: dict, threads: int):
         raise ValueError(f"expected --on slurm with {', '.join(f'--{name}' for name in for_slurm)}, got --on here")
     return Workers(1 if workers is None else workers)
 
-# %% ../../nbs/study/command.ipynb #8d6db87e
+# %% ../../nbs/study/command.ipynb #446ff6e1
 def _batch(options: dict):
     "Runs a plan, or tells what would run. Raises RuntimeError where a run failed."
-    from asyproxy.study.batch import Batch, fix_threads, run_batch
+    from asyproxy.study.batch import Batch, fix_threads, look, run_batch
     from asyproxy.study.board import Board, outlook
     from asyproxy.study.plan import blocked, read_plan
 
@@ -122,16 +127,16 @@ def _batch(options: dict):
     print(*plan.notes, sep="\n", end="\n" if plan.notes else "")
     batch, records = Batch(plan, executor), read_records()
     if options["dry_run"]:
-        batch.look()
+        look(batch)
         print(*outlook(batch, records), sep="\n")
     else:
         board = Board(records)
         run_batch(batch, board.tell)
         board.close(batch)
     if failed := len(batch.within("failed")) + len(blocked(plan, batch.outcomes())):
-        raise RuntimeError(f"{failed} failed or could not start: see above; the same command tries them again")
+        raise RuntimeError(f"{failed} runs failed or could not start, see above; the same command tries them again")
 
-# %% ../../nbs/study/command.ipynb #39fb7ad2
+# %% ../../nbs/study/command.ipynb #c5821bc3
 def _add_runs(commands):
     "The command `asyproxy runs`."
     reader = commands.add_parser(
@@ -152,7 +157,7 @@ def _add_runs(commands):
                              "its name, with its record")
     reader.add_argument("--yes", action="store_true", help="remove without a question")
 
-
+# %% ../../nbs/study/command.ipynb #bdbd1b37
 def _runs(options: dict):
     "Lists, compares or cleans."
     from asyproxy.study.inventory import chosen, compared, described, inventory, listed, named
@@ -197,7 +202,7 @@ def _report():
     for path in sorted(folder.glob("*/*.png")) + sorted(folder.glob("*/*.gif")):
         print(f"  {path.relative_to(folder.parent)}")
 
-# %% ../../nbs/study/command.ipynb #0528a0a5
+# %% ../../nbs/study/command.ipynb #f7aa95b8
 def _parser(asked: str) -> argparse.ArgumentParser:
     "For the command that is asked for."
     parser = argparse.ArgumentParser(
@@ -210,7 +215,7 @@ def _parser(asked: str) -> argparse.ArgumentParser:
     _add_runs(commands)
     return parser
 
-
+# %% ../../nbs/study/command.ipynb #1801d32a
 def _act(options: dict):
     "What the options ask for."
     command = options.pop("command")
@@ -241,7 +246,7 @@ def _listen():
         if number and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, _end)
 
-# %% ../../nbs/study/command.ipynb #1a014429
+# %% ../../nbs/study/command.ipynb #26c8e3f6
 def _tell(error: str) -> None:
     print(f"asyproxy: {error}", file=sys.stderr)
 
@@ -251,7 +256,7 @@ def _code(error: Exception) -> int:
     codes = {Busy: BUSY, Killed: 128 + signal.SIGKILL, RuntimeError: 1}
     return next((code for kind, code in codes.items() if isinstance(error, kind)), 2)
 
-
+# %% ../../nbs/study/command.ipynb #7cc9bd90
 def main(
     arguments: list[str],  # after the name of the command
 ) -> int:  # exit code

@@ -68,7 +68,7 @@ def _code(root: Path) -> dict:  # git_commit, git_dirty: None where the reposito
     changes = _git(root, "status", "--porcelain", "--", ".", ":!figures")
     return {"git_commit": _git(root, "rev-parse", "HEAD"), "git_dirty": None if changes is None else bool(changes)}
 
-# %% ../../nbs/study/environment.ipynb #c57f98a8
+# %% ../../nbs/study/environment.ipynb #cc608713
 _TRAINS = ("files", "processes", "data", "model", "loss", "evaluation", "retrieval", "training")
 _HAVE_DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -84,7 +84,7 @@ def _skeleton(node) -> str:
     fields = [(name, value) for name, value in ast.iter_fields(node) if value not in (None, [])]
     return f"({type(node).__name__} {' '.join(f'{name}={_skeleton(value)}' for name, value in fields)})"
 
-
+# %% ../../nbs/study/environment.ipynb #4281fd98
 @cache
 def code_hash(
     package: Path = Path(asyproxy.__file__).parent,  # its folder

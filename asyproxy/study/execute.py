@@ -86,7 +86,7 @@ def execute(
         return f"the kernel did not start within {SLOWEST_START} seconds, or ended: {error}"
     return ""
 
-# %% ../../nbs/study/execute.ipynb #bd2b8fe8
+# %% ../../nbs/study/execute.ipynb #9c762dd3
 def main(
     job: str,  # arguments of `execute` as JSON
 ) -> int:  # exit code
@@ -96,6 +96,8 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     reason = execute(*json.loads(job))
     print(reason, flush=True)
+    if reason.startswith("KeyboardInterrupt: "):  # not by the notebook
+        return 128 + signal.SIGINT
     return {"": 0, KILLED: 128 + signal.SIGKILL}.get(reason, 1)
 
 

@@ -6,9 +6,10 @@
 __all__ = ['CLEANED', 'main_result', 'Entry', 'last_epoch', 'inventory', 'named', 'chosen', 'of_size', 'listed', 'described',
            'compared', 'removable', 'size_of', 'remove']
 
-# %% ../../nbs/study/inventory.ipynb #fee6b210
+# %% ../../nbs/study/inventory.ipynb #6134e03a
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ def main_result(
     except (KeyError, TypeError, AttributeError, ValueError):  # a study of another kind, or no epoch
         return ""
 
-# %% ../../nbs/study/inventory.ipynb #01d90056
+# %% ../../nbs/study/inventory.ipynb #c03ad279
 @dataclass(frozen=True)
 class Entry:
     "A run, or what is left of it."
@@ -45,7 +46,7 @@ class Entry:
     size: int = 0  # bytes of its folder and record
     time: float = 0.0  # when it last wrote, seconds since 1970
 
-
+# %% ../../nbs/study/inventory.ipynb #c5c21aa0
 def _size(paths: Iterable[Path]) -> tuple[int, float]:
     "Bytes, and the time of the newest."
     size, newest = 0, 0.0
@@ -79,7 +80,7 @@ def last_epoch(
     epochs = [path.stem.partition("-")[2] for path in folder.rglob("checkpoint-*.safetensors")]
     return max((int(epoch) for epoch in epochs if epoch.isdecimal()), default=0)
 
-# %% ../../nbs/study/inventory.ipynb #163306dd
+# %% ../../nbs/study/inventory.ipynb #1b4ac9b0
 def _unfinished(folder: Path) -> Entry:
     "A run without a record."
     size, time = _size(folder.rglob("*"))
@@ -94,7 +95,7 @@ def _unfinished(folder: Path) -> Entry:
     state = "running" if busy(folder) else "failed" if error else "half-done"
     return Entry(folder.name, state, study, values or None, None, error if state == "failed" else told, size, time)
 
-
+# %% ../../nbs/study/inventory.ipynb #c162e27e
 def _finished(path: Path, folder: Path) -> Entry:
     "A run with a record."
     size, time = _size([path, *folder.rglob("*")])
@@ -105,17 +106,17 @@ def _finished(path: Path, folder: Path) -> Entry:
     state = "running" if busy(folder) else "complete" if folder.is_dir() else "record only"
     return Entry(path.stem, state, record["study"], record["parameters"], record, main_result(record), size, time)
 
-
+# %% ../../nbs/study/inventory.ipynb #e53adc00
 def inventory() -> list[Entry]:  # the newest last
     "Every run of which there is a folder or a record."
     runs = output_folder("runs")
     records = {path.stem: path for path in output_folder("figures", "records").glob("[!.]*.json")}
-    folders = {path.name: path for path in runs.glob("[!.]*") if path.is_dir()}
+    folders = {path.name: path for path in runs.glob("[!.]*-*") if path.is_dir()}  # an id has a hash at its end
     entries = [_finished(path, runs / identity) for identity, path in records.items()]
     entries += [_unfinished(path) for identity, path in folders.items() if identity not in records]
     return sorted(entries, key=lambda entry: (entry.time, entry.identity))
 
-# %% ../../nbs/study/inventory.ipynb #a91199e1
+# %% ../../nbs/study/inventory.ipynb #48cb1c5c
 def named(
     entries: list[Entry],  # of `inventory`
     name: str,  # an id, or its beginning, or that of the hash at its end
@@ -132,7 +133,7 @@ def named(
     shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
     raise ValueError(f"expected the name of one run, got {name}, which {len(names)} have: {shown}")
 
-
+# %% ../../nbs/study/inventory.ipynb #2855c599
 def chosen(
     entries: list[Entry],  # of `inventory`
     states: Iterable[str] = (),  # such as ("failed",); (): all
@@ -153,7 +154,7 @@ def of_size(
         return f"{size / 1e9:.1f} GB"
     return f"{size / 1e6:.0f} MB" if size >= 1e6 else f"{size / 1e3:.0f} KB"
 
-# %% ../../nbs/study/inventory.ipynb #bb920f90
+# %% ../../nbs/study/inventory.ipynb #cc4a00b9
 def listed(
     entries: list[Entry],  # of `inventory`
 ) -> str:
@@ -164,12 +165,11 @@ def listed(
         seconds = f"{entry.record['seconds']:.0f} s" if entry.record and "seconds" in entry.record else ""
         lines.append(f"{entry.state:11} {entry.identity:{widest}} {seconds:>8} {of_size(entry.size):>8}  "
                      f"{shortened(one_line(entry.told), 100)}".rstrip())
-    states = {state: sum(entry.state == state for entry in entries) for state in dict.fromkeys(one.state for one in entries)}
-    counts = ", ".join(f"{number} {state}" for state, number in states.items())
+    counts = ", ".join(f"{number} {state}" for state, number in Counter(entry.state for entry in entries).items())
     total = of_size(sum(entry.size for entry in entries))
     return "\n".join([*lines, f"{len(entries)} runs{f' ({counts})' if entries else ''}, {total}"])
 
-# %% ../../nbs/study/inventory.ipynb #aca49d1f
+# %% ../../nbs/study/inventory.ipynb #86c2e5e8
 def _leaves(value, above: str = "") -> dict:
     "What a nested dictionary says, by names such as metrics/last/dense/recall@1."
     if not isinstance(value, dict):
@@ -177,7 +177,7 @@ def _leaves(value, above: str = "") -> dict:
     return {name: leaf for key, inner in value.items()
             for name, leaf in _leaves(inner, f"{above}/{key}" if above else str(key)).items()}
 
-
+# %% ../../nbs/study/inventory.ipynb #12d6f928
 def _parts(entry: Entry) -> dict[str, dict]:
     "What may differ between two runs, in the order in which it is shown."
     record, parts = entry.record or {}, {"": {"state": entry.state}, "parameters": entry.parameters or {}}
@@ -192,7 +192,7 @@ def _parts(entry: Entry) -> dict[str, dict]:
 def _plainly(value) -> str:
     return "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
-
+# %% ../../nbs/study/inventory.ipynb #921fd182
 def described(
     entry: Entry,  # of `inventory`
 ) -> str:
@@ -203,7 +203,7 @@ def described(
         lines += [f"{'  ' if part else ''}{name}  {_plainly(value)}" for name, value in values.items()]
     return "\n".join(lines)
 
-
+# %% ../../nbs/study/inventory.ipynb #0aff80e5
 def compared(
     one: Entry,  # of `inventory`
     other: Entry,  # of `inventory`
@@ -214,11 +214,12 @@ def compared(
         left, right = (column.get(part, {}) for column in columns)
         differing = [name for name in dict.fromkeys([*left, *right]) if left.get(name) != right.get(name)]
         rows += [(part, "", "")] if part and differing else []
-        rows += [(f"  {name}" if part else name, *(_plainly(each.get(name)) for each in (left, right))) for name in differing]
+        indent = "  " if part else ""
+        rows += [(indent + name, _plainly(left.get(name)), _plainly(right.get(name))) for name in differing]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(f"{name:{widths[0]}}  {left:{widths[1]}}  {right}".rstrip() for name, left, right in rows)
 
-# %% ../../nbs/study/inventory.ipynb #599cd536
+# %% ../../nbs/study/inventory.ipynb #f5dbdcbe
 CLEANED = ("checkpoints", "failed")  # what may be asked for beside the name of a run
 
 
@@ -229,8 +230,8 @@ def removable(
     "Files and folders. Raises ValueError where no run, or one that runs, is meant."
     runs, records = output_folder("runs"), output_folder("figures", "records")
     if what == "checkpoints":
-        complete = [entry for entry in entries if entry.state == "complete"]
-        return [path for entry in complete for path in sorted((runs / entry.identity).rglob("checkpoint-*.safetensors"))]
+        folders = [runs / entry.identity for entry in entries if entry.state == "complete"]
+        return [path for folder in folders for path in sorted(folder.rglob("checkpoint-*.safetensors"))]
     if what == "failed":
         return [runs / entry.identity for entry in entries if entry.state == "failed"]
     entry = named(entries, what)
@@ -238,7 +239,7 @@ def removable(
         raise ValueError(f"expected a run on which nobody works, got {entry.identity}: wait for it, or end it")
     return [path for path in (runs / entry.identity, records / f"{entry.identity}.json") if path.exists()]
 
-
+# %% ../../nbs/study/inventory.ipynb #739776e9
 def size_of(
     paths: list[Path],  # of `removable`
 ) -> int:  # bytes

@@ -111,17 +111,29 @@ def images_of(
 
     return load_data(**{name: values[name] for name in parameters(Images) if name in known})
 
-# %% ../../nbs/study/record.ipynb #958dc123
+# %% ../../nbs/study/record.ipynb #93e789f6
+def _has_models(folder: Path, metrics: dict) -> bool:
+    "Whether the models that were tested are there, as they were written; of a trial none was."
+    from asyproxy.files import load_tensors
+
+    epochs = {metrics[stage]["epoch"] for stage in ("selected", "last")} if metrics else ()
+    try:
+        return all(load_tensors(folder / f"{name}.safetensors") for name in ("best", "last_model")[:len(epochs)])
+    except (ValueError, FileNotFoundError):
+        return False
+
+
 def _is_trained(folder: Path, record: Path, said: dict) -> bool:
     "Whether a complete run has to be tested again and not to be trained."
     try:
         old = read_record(record)
-    except ValueError:
+        code, now = ({**one, "machine": None} for one in (old.get("environment", {}), environment()))
+        changed = old["parameters"] != said and code == now and not now["git_dirty"] and not said.get("oracle")
+        return changed and bool(old["history"]) and _has_models(folder, old["metrics"])
+    except (ValueError, KeyError, TypeError):  # no record, or that of a study which has no such history
         return False
-    code, now = ({**one, "machine": None} for one in (old.get("environment", {}), environment()))
-    return any(folder.glob("checkpoint-*")) and old["parameters"] != said and code == now and not now["git_dirty"]
 
-
+# %% ../../nbs/study/record.ipynb #2e0ff084
 def places(
     identity: str,  # id of a run
     said: dict,  # its parameters, as a record says them
@@ -134,7 +146,7 @@ def places(
         folder = folder / "again"
     return folder, record
 
-
+# %% ../../nbs/study/record.ipynb #9a7dcfa9
 def settled(
     folder: Path,  # of `places`
     pattern: str,  # of files below it
@@ -143,6 +155,8 @@ def settled(
     if folder.name != "again":
         return folder
     for path in sorted(folder.rglob(pattern)):
+        if path.name.startswith("checkpoint-"):  # a run that is killed here goes on from it
+            continue
         target = folder.parent / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         path.replace(target)
@@ -161,14 +175,14 @@ def finished(
     asked, measured = (set(str(values.get("recalls", "")).split(",")) for values in (said, there["parameters"]))
     return there if asked <= measured else None
 
-# %% ../../nbs/study/record.ipynb #e89237a7
+# %% ../../nbs/study/record.ipynb #f59914fb
 BUSY = 75  # exit code of a command that was refused for that reason, such as sysexits.h has it
 
 
 class Busy(ValueError):
     "Another process works on a run."
 
-
+# %% ../../nbs/study/record.ipynb #20b84b87
 def owned(
     folder: Path,  # of a run; made if need be
     kind: str,  # of the owner: "command" or "notebook"
@@ -183,7 +197,7 @@ def owned(
                    "wait for it, or end it") from error
     return lock
 
-
+# %% ../../nbs/study/record.ipynb #ca4dd9da
 def busy(
     folder: Path,  # of a run
 ) -> bool:
@@ -206,7 +220,7 @@ def _seconds_before(folder: Path) -> float:
 
     return sum(map(seconds_spent, folders))
 
-# %% ../../nbs/study/record.ipynb #82211ff9
+# %% ../../nbs/study/record.ipynb #dc05ac8a
 class Run:
     "A run from inside its notebook: checks the parameters, starts the clock, and writes the record."
 
@@ -222,12 +236,15 @@ class Run:
         fingerprint = self.data.fingerprint()["sha256"] if self.data else ""
         self.id = run_id(study, known, self.parameters, fingerprint)
         self.folder, self.record = places(self.id, self.said)
-        self.results = None  # of the record, where it is only to be drawn again
+        self.results = self.history = None  # of the record, where it is only to be drawn, or to be tested again
         if os.environ.get("ASYPROXY_DRAW"):
             self.folder, self.results = output_folder("runs", self.id), read_record(self.record)
         self.figures = output_folder("figures", study)
         self._lock, self.started = owned(output_folder("runs", self.id), "notebook"), time.perf_counter()
         self.seconds_before = _seconds_before(self.folder)
+        if not self.results and self.record.exists() and self.folder.name != "again":
+            old = read_record(self.record)
+            self.history, self.seconds_before = old["history"], old["seconds"]
 
     def finish(
         self,
@@ -239,8 +256,17 @@ class Run:
         seconds = round(self.seconds_before + time.perf_counter() - self.started, 1)
         text = record_text({"run_id": self.id, "study": self.study, "parameters": self.said, **results,
                             "environment": environment(), "seconds": seconds, "peak_memory_mb": peak_memory_mb()})
-        self.folder = settled(self.folder, "*.safetensors")
+        place = self.folder
+        for pattern in ("*.safetensors", "log.csv", "events.*"):
+            self.folder = settled(place, pattern)
         with write_atomically(self.record) as temporary:
             temporary.write_text(text)
+        self._tidy()
         self._lock.release()
         return self.record
+
+    def _tidy(self):
+        if any(self.folder.rglob("*.safetensors")):
+            from asyproxy.training.checkpoints import keep_results
+
+            keep_results(self.folder, models=self.parameters.get("with_test", True))

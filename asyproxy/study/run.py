@@ -73,14 +73,14 @@ def notebook_parameters(
     values = checked(known, defaults | given)
     return known, {name: located(known[name], value) for name, value in values.items()}
 
-# %% ../../nbs/study/run.ipynb #08192de9
+# %% ../../nbs/study/run.ipynb #36fdbb91
 @cache
 def _images(known: tuple[tuple[str, Parameter], ...], values: tuple) -> tuple:
     "The images of a run and their fingerprint; nothing where there are none."
     data = images_of(dict(known), {**dict(values), "cache": False})
     return data, data.fingerprint()["sha256"] if data else ""
 
-
+# %% ../../nbs/study/run.ipynb #2ac0ec99
 def _fingerprint(known: dict[str, Parameter], values: dict) -> str:
     "Of the images of a run; empty where there are none. Raises ValueError on what would fail later."
     if "device" in known:
@@ -95,7 +95,7 @@ def _fingerprint(known: dict[str, Parameter], values: dict) -> str:
         check_experiment(Experiment(**{name: values[name] for name in parameters(Experiment)}), data)
     return fingerprint
 
-
+# %% ../../nbs/study/run.ipynb #20ead772
 def _answer(path: Path, given: dict) -> dict:
     "What a run is called and runs with, or what is wrong."
     try:
@@ -105,7 +105,7 @@ def _answer(path: Path, given: dict) -> dict:
         return {"error": str(error)}
     return {"identity": identity, "said": published(known, values), "given": {name: values[name] for name in given}}
 
-# %% ../../nbs/study/run.ipynb #aff1ac37
+# %% ../../nbs/study/run.ipynb #77f898ec
 def _hear(questions: SimpleQueue):
     "Ends this process with its standard input."
     for line in sys.stdin:
@@ -123,13 +123,14 @@ def _answer_all():
             answer = _answer(Path(path), given)
         print(json.dumps(answer), flush=True)
 
-
+# %% ../../nbs/study/run.ipynb #f4d073c7
 @contextmanager
 def looking() -> Iterator[Callable[[Path, dict], dict]]:
     "Gives a function from a notebook and parameters to identity, said and given, which raises what `run` raises first."
     command = [sys.executable, "-c", "from asyproxy.study.run import _answer_all; _answer_all()"]
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, start_new_session=True, text=True, encoding="utf-8", bufsize=1, **streams) as process:
+    text = {"text": True, "encoding": "utf-8", "bufsize": 1}
+    with subprocess.Popen(command, start_new_session=True, **streams, **text) as process:
         def look(path: Path, given: dict) -> dict:
             process.stdin.write(json.dumps([str(path), given], default=str) + "\n")
             if not (said := process.stdout.readline()):
@@ -148,7 +149,7 @@ def _surroundings(folder: Path, path: Path, draw: bool) -> dict[str, str]:
         own["ASYPROXY_CACHE"] = str(Path(cache).expanduser().absolute())
     return os.environ | own | {"IPYTHONDIR": str(folder / ".jupyter"), "JUPYTER_RUNTIME_DIR": str(folder / ".jupyter")}
 
-# %% ../../nbs/study/run.ipynb #15735f63
+# %% ../../nbs/study/run.ipynb #29f055dc
 _NOISE = ("Input Notebook:", "Output Notebook:", "Working directory:", "Executing ", "Ending Cell", "<Figure size",
           "[IPKernelApp]", "Kernel died", "Unable to parse line")
 
@@ -164,11 +165,11 @@ def _show(process: subprocess.Popen, log: Path) -> str:
             last = line
     return last.strip()
 
-
+# %% ../../nbs/study/run.ipynb #d26883de
 class Killed(RuntimeError):
     "A run that failed through no fault of its notebook: the same again may well go through."
 
-
+# %% ../../nbs/study/run.ipynb #a1b885da
 def _execute(job: list, log: Path, environment: dict[str, str]) -> str | Killed:
     "Runs a notebook and says why it stopped. If this process is interrupted, it ends all that it started."
     command = [sys.executable, "-m", "asyproxy.study.execute", json.dumps(job)]
@@ -190,7 +191,7 @@ def _stamp(record: Path):
     "Tells a record from one that took its place."
     return (record.stat().st_ino, record.stat().st_mtime_ns) if record.exists() else None
 
-# %% ../../nbs/study/run.ipynb #46537013
+# %% ../../nbs/study/run.ipynb #6334f048
 def _run(path: Path, values: dict, folder: Path, record: Path, draw: bool) -> dict:
     "Runs a notebook that this process owns."
     stem, before = "drawn" if draw else path.stem, _stamp(record)
@@ -212,7 +213,7 @@ def _run(path: Path, values: dict, folder: Path, record: Path, draw: bool) -> di
               "The same command with --draw draws again.", flush=True)
     return result
 
-
+# %% ../../nbs/study/run.ipynb #abdfd634
 def run(
     notebook: str | Path,  # a path, or the name of a study
     parameters: dict | None = None,  # what differs from the notebook's defaults

@@ -35,10 +35,7 @@ def why(
         return told[-1] if code else ""
     return f"ended by {ended_by(code)}" if ended_by(code) else lines[-1] if lines else f"ended with code {code}"
 
-# %% ../../nbs/study/workers.ipynb #8da2a406
-_SAID = 4096  # bytes of the end of what a command said
-
-
+# %% ../../nbs/study/workers.ipynb #43eb3d87
 class Worker:
     "A command that runs, or has ended."
 
@@ -62,15 +59,14 @@ class Worker:
 
     def reason(self) -> str:
         "Why it failed, in one line."
-        size = self._said.seek(0, os.SEEK_END)
-        self._said.seek(max(0, size - _SAID))
+        self._said.seek(max(0, self._said.seek(0, os.SEEK_END) - 4096))
         return why(self._said.read().decode(errors="replace"), self.poll() or 0)
 
     def stop(self):
         "Asks it to end; `poll` tells when it has."
         self._process.stdin.close()
 
-# %% ../../nbs/study/workers.ipynb #52d503f6
+# %% ../../nbs/study/workers.ipynb #08d10fd7
 class Workers:
     "Runs commands on this machine."
 
@@ -90,6 +86,17 @@ class Workers:
     ) -> list[Worker]:
         "Starts them all."
         return [self._start(command) for command in commands]
+
+    def has(
+        self,
+        name: str,  # of a run
+    ) -> bool:
+        "Whether an earlier batch has started it: never, for commands end with their batch."
+        return False
+
+    def left(self) -> str:
+        "What is to be said of commands that stay when the batch ends: nothing."
+        return ""
 
     def _start(self, command: list[str]) -> Worker:
         self._started = [one for one in self._started if one.poll() is None]

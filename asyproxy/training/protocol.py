@@ -7,7 +7,7 @@ __all__ = ['SELECT', 'both_codes', 'photos_of', 'evaluate', 'taken_by', 'load_im
            'checkpoint_settings', 'check_experiment', 'train_experiment', 'main', 'test_experiment', 'run_experiment',
            'try_experiment', 'test_model']
 
-# %% ../../nbs/training/protocol.ipynb #0d20a7e7
+# %% ../../nbs/training/protocol.ipynb #33e434ff
 import inspect
 import json
 import sys
@@ -30,7 +30,8 @@ from ..retrieval import build_database
 from .checkpoints import read_history
 from .devices import be_deterministic, pick_device, set_precision
 from .launch import launch
-from .loop import best_epoch, train
+from .loop import train
+from .recipe import best_epoch, check_recipe
 from .seeds import seed_everything
 
 # %% ../../nbs/training/protocol.ipynb #c69db344
@@ -167,7 +168,7 @@ def _train(experiment: Experiment, folder: Path, device: torch.device, data: Ima
         save_model(model, folder / "last_model.safetensors")
     return history
 
-# %% ../../nbs/training/protocol.ipynb #e2e52032
+# %% ../../nbs/training/protocol.ipynb #bd4f9383
 def _check(experiment: Experiment, device: torch.device):
     "Raises ValueError on a combination that cannot be."
     set_precision(experiment.precision, device)
@@ -180,8 +181,12 @@ def _check(experiment: Experiment, device: torch.device):
                          f"which sees only the images of its own process, got {experiment.devices}")
     if experiment.initial_proxies == "means" and not entry.proxies:
         raise ValueError(f"expected a loss with proxies for initial_proxies means, {experiment.loss} has none")
+    if experiment.oracle and not experiment.with_test:
+        raise ValueError("expected with_test with oracle, which tests after each epoch, got oracle without")
+    check_recipe(num_epochs=experiment.num_epochs, warm_up=experiment.warm_up, patience=experiment.patience,
+                 validated=experiment.validation > 0)
 
-# %% ../../nbs/training/protocol.ipynb #efa21ee6
+# %% ../../nbs/training/protocol.ipynb #0a48ab44
 def _check_weights(experiment: Experiment):
     words = parameters(Experiment)["weights"].words
     if experiment.weights not in words and not Path(experiment.weights).expanduser().is_file():
@@ -194,7 +199,7 @@ def _check_tests(data: ImageData, recalls: tuple[int, ...]):
     sides = [images for images in test_sets(data) if images is not None]
     check_answers(*(images.targets for images in sides), recalls=recalls, **photos_of(*sides))
 
-
+# %% ../../nbs/training/protocol.ipynb #7710fbdc
 def check_experiment(
     experiment: Experiment,  # to be trained and tested
     data: ImageData,  # its images, of which none is opened
@@ -209,7 +214,8 @@ def check_experiment(
         except ValueError as error:
             raise ValueError(f"{error}; those were the classes to choose the epoch by: another share of validation, "
                              "or 0, does without them") from error
-    _check_tests(data, numbers(experiment.recalls))
+    if experiment.with_test:
+        _check_tests(data, numbers(experiment.recalls))
 
 # %% ../../nbs/training/protocol.ipynb #e2153a36
 def train_experiment(
@@ -273,17 +279,18 @@ def test_experiment(
         metrics["oracle"] = {"epoch": best["epoch"], **best["validation"]["test"]}
     return metrics
 
-# %% ../../nbs/training/protocol.ipynb #4681a25c
+# %% ../../nbs/training/protocol.ipynb #26d5ddb1
 def run_experiment(
     experiment: Experiment,  # what to train and to test, and how
     folder: str | Path,  # for checkpoints, models and the database
     data: ImageData | None = None,  # its images, if they are loaded already
+    history: list[dict] | None = None,  # of a run that is trained, whose models are in the folder; None: it trains
 ) -> dict:  # metrics (of `test_experiment`), history, select, collapse (signs at the end), data (name, fingerprint)
     "Trains, chooses the epoch on held-out training classes, and tests once. Raises as check_ and train_experiment do."
     data = load_images(experiment) if data is None else data
     check_experiment(experiment, data)
-    history = train_experiment(experiment, folder, data)
-    metrics = test_experiment(experiment, folder, data, history)
+    history = history or train_experiment(experiment, folder, data)
+    metrics = test_experiment(experiment, folder, data, history) if experiment.with_test else {}
     return {"metrics": metrics, "history": history, "select": SELECT, "collapse": history[-1]["collapse"],
             "data": {"name": data.name, **data.fingerprint(), **data.about}}
 
