@@ -71,9 +71,11 @@ def one_of(folder: Path, target: str, rng: random.Random) -> int | None:
 def send(process: subprocess.Popen, folder: Path, name: str, target: str, rng: random.Random) -> bool:
     "Whether there was somebody to send it to."
     number = getattr(signal, name)
+    while target in GOES_ON and one_of(folder, target, rng) is None and process.poll() is None:
+        time.sleep(0.05)
+    if process.poll() is not None:
+        return False
     try:
-        if process.poll() is not None:
-            return False
         if target == "all":
             for pid in members(folder):
                 os.kill(pid, number)
@@ -140,9 +142,12 @@ def ended(count: int, seed: int, quick: bool) -> Counter:
             for name in ("runs", "figures"):
                 shutil.rmtree(folder / name, ignore_errors=True)
             for way in itertools.islice(endless, min(4, count - counts.total())):
-                if end_once(folder, way, workers, rng.uniform(0, length / workers), rng):
-                    counts[", ".join(way)] += 1
-                    print(f"{counts.total()}/{count} {way[0]} to {way[1]}, {workers} workers", flush=True)
+                if not end_once(folder, way, workers, rng.uniform(0, length / workers), rng):
+                    break  # everything is complete
+                counts[", ".join(way)] += 1
+                print(f"{counts.total()}/{count} {way[0]} to {way[1]}, {workers} workers", flush=True)
+                if way[1] in GOES_ON:
+                    break
             finished(folder, workers)
             assert records(folder) == expected, f"other records with {workers} workers"
             kept = {path.name for path in (folder / "runs").iterdir()}
