@@ -67,7 +67,7 @@ def _prepare(images: Images):
             options += ["-p", name, shlex.quote(value)]
     print(describe(data, images.data_path, " ".join(options)))
 
-# %% ../../nbs/study/command.ipynb #4ed26703
+# %% ../../nbs/study/command.ipynb #de974cc2
 def _add_batch(commands):
     "The command `asyproxy batch`."
     runner = commands.add_parser(
@@ -79,8 +79,8 @@ def _add_batch(commands):
     runner.add_argument("--only", nargs="+", default=[], metavar="PART", help="parts of the plan, with those they need")
     runner.add_argument("--dry-run", action="store_true", help="tell what would run and what it takes, and run nothing")
     runner.add_argument("--workers", type=int, metavar="N",
-                        help="runs at the same time (default: 1; with --on slurm all that may start); each has a GPU of "
-                             "its own where there are any")
+                        help="runs at the same time (default: 1; with --on slurm all that may start); each has a GPU "
+                             "of its own where there are any")
     runner.add_argument("--threads", type=int, metavar="N",
                         help="threads of a run on the processor (default: $OMP_NUM_THREADS, else 1); with another "
                              "number, results may differ in the last digits")
