@@ -61,7 +61,7 @@ def sbatch_options(
         options[name] = value if given else True
     return options
 
-# %% ../../nbs/study/slurm.ipynb #85696f41
+# %% ../../nbs/study/slurm.ipynb #3db89d58
 _WAIT = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 _RUN = ("RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED")
 _PATIENT = ("None", "Priority", "Resources", "BeginTime", "Cleaning", "JobArrayTaskLimit", "ReqNodeNotAvail",
@@ -73,18 +73,19 @@ class Queue:
 
     def __init__(
         self,
-        every: float,  # seconds between two questions, at least
+        every: float,  # seconds between two questions at most
         say: Callable[[str], object],  # what a user should know
     ):
         self.every, self.number, self.jobs = every, 0, {}  # number: how often it has answered
-        self._say, self._said, self._next = say, set(), 0.0
+        self._say, self._said, self._next, self._begun = say, set(), 0.0, time.monotonic()
 
     def look(self) -> int:
         "Asks if it is time to; how often it has answered by now."
         if time.monotonic() >= self._next:
             command = ["squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", "--format=%i|%T|%r|%k"]
             done = subprocess.run(command, capture_output=True, text=True)
-            self._next = time.monotonic() + self.every
+            now = time.monotonic()
+            self._next = now + min(self.every, max(1.0, (now - self._begun) / 4))
             if done.returncode:
                 self.tell_once(f"Slurm does not answer ({_last(done.stderr)}): waiting until it does", "unreachable")
             else:
@@ -98,10 +99,10 @@ class Queue:
         self._said.discard("unreachable")
 
     def ask(self):
-        "Waits for an answer."
-        before, self._next = self.number, 0.0
+        "Waits for an answer; from here on it is asked more often again."
+        before, self._next, self._begun = self.number, 0.0, time.monotonic()
         while self.look() == before:
-            time.sleep(min(1, self.every))
+            time.sleep(min(0.5, self.every))
 
     def held(
         self,
@@ -136,7 +137,7 @@ def _in_accounts(job: str) -> str:
         words = []
     return words[0] if words else "GONE"
 
-# %% ../../nbs/study/slurm.ipynb #4aa940de
+# %% ../../nbs/study/slurm.ipynb #dadf8895
 _ENDS = {
     "CANCELLED": "cancelled", "TIMEOUT": "it reached its time limit", "NODE_FAIL": "its node failed",
     "BOOT_FAIL": "its node did not start", "DEADLINE": "it missed its deadline", "PREEMPTED": "preempted, and not requeued",
@@ -156,6 +157,7 @@ class Handle:
     ):
         self.job, self._queue, self._word, self._seen = job, queue, word, queue.number
         self._code, self._reason, self._gone = None, "", None
+        self._waits = queue.jobs.get(job, ("PENDING",))[0] in _WAIT
 
     def poll(self) -> int | None:
         "The exit code; None: it waits or runs."
@@ -170,23 +172,33 @@ class Handle:
         state, why, _ = self._queue.jobs.get(self.job, ("GONE", "", ""))
         if word and not word["code"]:
             return 0, ""
-        if state in _WAIT:
-            self._queue.held(self.job, why)
         if state in (*_WAIT, *_RUN):
-            return None, f"waits: {why}" if state in _WAIT else ""
+            return self._alive(state, why)
         if state == "GONE" and not word:
             state = _in_accounts(self.job)
         if word or state in _ENDS:
             return (1, _ENDS[state]) if state in _ENDS else (word["code"], word["reason"])
+        if state == "GONE" and self._waits and not self._logs():
+            return 1, "cancelled before it started"
         self._gone = self._gone or time.monotonic()
         return (None, "") if time.monotonic() - self._gone < _LATE else (1, self._without_word(state))
 
+    def _alive(self, state: str, why: str) -> tuple[None, str]:
+        "What a job has come to that has not ended."
+        self._waits, self._gone = state in _WAIT, None
+        if self._waits:
+            self._queue.held(self.job, why)
+        return None, f"waits: {why}" if self._waits else ""
+
+    def _logs(self) -> list[Path]:
+        return sorted(self._word.parent.glob(f"{self.job}_0_log.*"))
+
     def _without_word(self, state: str) -> str:
         "Why a job may have failed before it could say so."
-        logs = [path for path in self._word.parent.glob(f"{self.job}_0_log.*") if path.stat().st_size]
-        if not logs:
+        if not self._logs():
             return f"job {self.job} ended ({state}) and wrote nothing to {self._word.parent}: do all nodes share that disk?"
-        return f"job {self.job} ended ({state}): {_last(min(logs).read_text(errors='replace'))}"
+        said = "".join(path.read_text(errors="replace") for path in reversed(self._logs()))  # errors at the end
+        return f"job {self.job} ended ({state}): {_last(said)}"
 
     def state(self) -> str:
         "waiting, running or ended."
@@ -259,7 +271,7 @@ def _executor(folder: Path, settings: dict, options: dict):
         additional_parameters=options | own)
     return executor
 
-# %% ../../nbs/study/slurm.ipynb #15dc25cf
+# %% ../../nbs/study/slurm.ipynb #faa216b0
 _UNREACHABLE = re.compile("controller|timed out|refused|connection failure|temporarily|Zero Bytes|Transport endpoint")
 _PROGRAMS = ("sbatch", "squeue", "scancel", "srun")
 
@@ -277,7 +289,7 @@ class Slurm:
         time: str = "24:00:00",  # that a job may take until it is requeued, as `in_minutes` reads it
         sbatch: list[str] | tuple = (),  # other options, as `sbatch_options` reads them
         slots: float = math.inf,  # jobs in the queue at the same time
-        every: float = 10.0,  # seconds between two looks at the queue
+        every: float = 30.0,  # seconds between two looks at the queue, at most
         say: Callable[[str], object] = print,  # what a user should know
     ):
         self.folder, self.slots, self._options = Path(folder).absolute(), slots, sbatch_options(sbatch)
