@@ -26,18 +26,20 @@ from ..files import write_atomically
 from .environment import checkout
 from .slurm_job import Errand
 
-# %% ../../nbs/study/slurm.ipynb #6c146975
+# %% ../../nbs/study/slurm.ipynb #a4d80650
 def in_minutes(
     text: str,  # minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes[:seconds]
-) -> int:  # whole minutes, at least 1
+) -> int:  # whole minutes, at least 5
     "A time limit as Slurm reads it. Raises ValueError."
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", str(text).strip())
-    if not found or not any(map(int, filter(None, found.groups()))):
+    if not found:
         raise ValueError(f"expected a time such as 90 (minutes), 12:00:00 or 2-00 (days-hours), got {text!r}")
     days, first, second, third = (part and int(part) for part in found.groups())
     if days is None and third is None:  # minutes[:seconds]
         first, second, third = 0, first, second
     seconds = ((days or 0) * 24 + first) * 3600 + (second or 0) * 60 + (third or 0)
+    if seconds < 300:
+        raise ValueError(f"expected a time of at least 5 minutes, in which a run starts and ends an epoch, got {text!r}")
     return math.ceil(seconds / 60)
 
 # %% ../../nbs/study/slurm.ipynb #afc60190
@@ -241,7 +243,7 @@ def _outside():
     finally:
         os.environ.update(inside)
 
-# %% ../../nbs/study/slurm.ipynb #ad66eae1
+# %% ../../nbs/study/slurm.ipynb #0b4d9479
 _TIMES = 20  # that a job may reach its time limit
 
 
@@ -250,7 +252,7 @@ def _executor(folder: Path, settings: dict, options: dict):
     from submitit import SlurmExecutor
 
     executor = SlurmExecutor(folder, max_num_timeout=_TIMES, python=f"exec {shlex.quote(sys.executable)}")
-    own = {"requeue": True, "signal": f"B:USR2@{min(90, 15 * settings['time'])}",
+    own = {"requeue": True, "signal": "B:USR2@90",
            "comment": f"{options.get('comment', '')} {folder.name}".strip()}
     executor.update_parameters(
         **settings, job_name="asyproxy", array_parallelism=_ARRAY, use_srun=False, wckey=None,
