@@ -91,7 +91,7 @@ def send(process: subprocess.Popen, folder: Path, name: str, target: str, rng: r
 def records(folder: Path) -> dict[str, dict]:
     "What the records say, without what is their own."
     found = {}
-    for path in (folder / "figures" / "records").glob("*.json"):
+    for path in (folder / "figures" / "records").glob("[!.]*.json"):
         found[path.stem] = {name: value for name, value in json.loads(path.read_text()).items() if name not in OWN}
     return found
 
