@@ -81,7 +81,7 @@ def left(folder: Path, seconds: float = 3) -> dict[int, str]:
 
 def record(folder: Path, devices: int) -> dict:
     "What the one record of seed 0 and so many devices says, without what is its own."
-    records = [json.loads(path.read_text()) for path in (folder / "figures" / "records").glob("*.json")]
+    records = [json.loads(path.read_text()) for path in (folder / "figures" / "records").glob("[!.]*.json")]
     one, = (each for each in records if (each["parameters"]["seed"], each["parameters"]["devices"]) == (0, devices))
     return {name: value for name, value in one.items() if name not in OWN}
 

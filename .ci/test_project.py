@@ -10,6 +10,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 import tokenize
 import tomllib
 from filecmp import cmp
@@ -482,6 +483,81 @@ def test_batches_that_are_ended_come_to_the_same(notebook):
         call(sys.executable, "-c", script, number, notebook == "quick")
     else:
         pytest.skip("takes minutes")
+
+
+ON_SLURM = """
+import json, os, time
+from asyproxy.files import write_atomically
+if seed == 3:
+    raise ArithmeticError("seed 3")
+path, history = run.folder / "state.json", []
+if path.exists():
+    history = json.loads(path.read_text())
+while len(history) < (60 if seed in (0, 5) else 2):
+    time.sleep(0.2)
+    history.append({"epoch": len(history) + 1, "start": int(os.environ.get("SLURM_RESTART_COUNT", "0"))})
+    with write_atomically(path) as temporary:
+        temporary.write_text(json.dumps(history))
+run.finish(history=history, metrics={"nodes": int(os.environ["SLURM_JOB_NUM_NODES"])})
+"""
+
+
+def why_not_slurm() -> str:
+    "Why no job can be submitted from here; empty if one can."
+    if not shutil.which("sinfo"):
+        return "Slurm is not on this machine"
+    done = subprocess.run(["sinfo"], capture_output=True, text=True)
+    return f"Slurm does not answer: {done.stderr.strip()}" if done.returncode else ""
+
+
+def until(what, seconds: float = 120):
+    "Waits for something to be there, and gives it."
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    return found
+
+
+def test_batch_on_slurm(tmp_path):
+    """Six runs on the Slurm of this machine: one fails, one is requeued in the middle and goes on, one is cancelled. The
+    batch is ended and started again: it finds what runs, and queues the one that was cancelled."""
+    if reason := why_not_slurm():
+        pytest.skip(reason)
+    cells = ["seed: int = 0", "from asyproxy.study import Run\nrun = Run('six', globals())", ON_SLURM]
+    cells = [nbformat.v4.new_code_cell(cell) for cell in cells]
+    cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "six.ipynb")
+    part = {"name": "seeds", "notebook": str(tmp_path / "six.ipynb"), "grid": {"seed": [0, 5, 1, 2, 3, 4]}}
+    (tmp_path / "plan.yaml").write_text(json.dumps([part]))
+    command = [sys.executable, "-m", "asyproxy", "batch", str(tmp_path / "plan.yaml"), "--on", "slurm"]
+    options = {"env": ENVIRONMENT | {"ASYPROXY_OUTPUT": str(tmp_path)}, "cwd": ROOT, "text": True}
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+
+    first = subprocess.Popen(command, **options)
+    path = until(lambda: next(tmp_path.glob("runs/slurm/*/submission.json"), None))
+    numbers = until(lambda: json.loads(path.read_text())["jobs"])
+    runs = {name[4]: (name, job) for name, job in zip(json.loads(path.read_text())["names"], numbers)}  # by seed
+    state = tmp_path / "runs" / runs["0"][0] / "state.json"
+    until(lambda: state.exists() and len(json.loads(state.read_text())) > 3)
+    call("scontrol", "requeue", runs["0"][1])
+    call("scancel", runs["5"][1])
+    cancelled = next((line for line in first.stdout if "cancelled" in line), "nobody was cancelled")
+    assert cancelled.split()[:2] == ["failed", runs["5"][0]]
+    first.terminate()
+    said = first.communicate()[0]
+    assert first.returncode == 143 and f"`scancel {runs['0'][1].partition('_')[0]}` cancels them" in said, said
+
+    second = subprocess.run(command, check=False, **options)
+    assert second.returncode == 1 and "5 of 6 done" in second.stdout and "1 failed" in second.stdout, second.stdout
+    failed = [line for line in second.stdout.splitlines() if line.startswith("failed")]
+    assert {line.split()[1] for line in failed} == {runs["3"][0]} and "ArithmeticError: seed 3" in failed[0]
+    records = {path.stem[4]: json.loads(path.read_text()) for path in tmp_path.glob("figures/records/*.json")}
+    assert sorted(records) == sorted("01245") and all(record["metrics"] == {"nodes": 1} for record in records.values())
+    assert [entry["epoch"] for entry in records["0"]["history"]] == list(range(1, 61))
+    assert {entry["start"] for entry in records["0"]["history"]} == {0, 1}, "expected it to go on after it was requeued"
+    submitted = [name for path in tmp_path.glob("runs/slurm/*/submission.json") for name in json.loads(path.read_text())["names"]]
+    assert submitted.count(runs["0"][0]) == 1 and submitted.count(runs["5"][0]) == 2
 
 
 ISC = "from asyproxy.fixtures import write_fixture; write_fixture(sys.argv[1], 'isc', 'official')"

@@ -65,14 +65,14 @@ def _task(job: Job, identify: Callable[[Path, dict], dict]) -> Task:
         task.end("complete", record)
     return task
 
-# %% ../../nbs/study/batch.ipynb #d0c22b79
+# %% ../../nbs/study/batch.ipynb #c71d12c3
 class Batch:
     "The runs of a plan, as far as they are known."
 
     def __init__(
         self,
         plan: Plan,  # of `read_plan`
-        executor,  # `Workers`, or Slurm: has slots and start
+        executor,  # `Workers` or `Slurm`
     ):
         self.plan, self.executor, self.begun = plan, executor, time.monotonic()
         self.tasks: dict[Job, Task] = {}
@@ -103,16 +103,16 @@ def look(
         while new := _new(batch):
             batch.tasks |= {job: _task(job, identify) for job in new}
 
-# %% ../../nbs/study/batch.ipynb #0f2a4145
+# %% ../../nbs/study/batch.ipynb #b88fa6e8
 def _start(executor, tasks: list[Task], running: int):
     "Starts as many as there is room for."
-    ready, has = [], getattr(executor, "has", lambda name: False)  # Slurm: whether a job of it is there
+    ready = []
     for task in tasks:
         if running + len(ready) >= executor.slots:
             break
         if record := finished(task.record, task.said):
             task.end("done", record)
-        elif busy(task.folder) and not has(task.identity):
+        elif busy(task.folder) and not executor.has(task.identity):
             task.state = "elsewhere"
         else:
             ready.append(task)
@@ -160,11 +160,11 @@ def _step(batch: Batch) -> bool:
     look(batch)
     return bool(batch.within("waiting", "elsewhere", "running"))
 
-# %% ../../nbs/study/batch.ipynb #6459a454
+# %% ../../nbs/study/batch.ipynb #6dece5d2
 def _stop(batch: Batch, seconds: float = 10.0):
-    "Ends all that runs here; jobs of a cluster stay."
-    if left := getattr(batch.executor, "left", None):
-        print(left())
+    "Ends all that runs, unless it is left to a cluster."
+    if said := batch.executor.left():
+        print(said)
         return
     running, end = batch.within("running"), time.monotonic() + seconds
     for task in running:

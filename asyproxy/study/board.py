@@ -91,7 +91,7 @@ def named(
     values = ", ".join(f"{name} {value}" for name, value in task.job.parameters)
     return task.identity or one_line(f"{task.job.part}: {values or Path(task.job.notebook).stem}")
 
-# %% ../../nbs/study/board.ipynb #ec9a29ab
+# %% ../../nbs/study/board.ipynb #83e26432
 def row(
     task: Task,  # in any state
     width: int = 0,  # columns of the name

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main', 'console']
 
-# %% ../../nbs/study/command.ipynb #76e63234
+# %% ../../nbs/study/command.ipynb #2b70a155
 import argparse
 import math
 import shlex
@@ -70,7 +70,7 @@ def _prepare(images: Images):
             options += ["-p", name, shlex.quote(value)]
     print(describe(data, images.data_path, " ".join(options)))
 
-# %% ../../nbs/study/command.ipynb #0a0da8bd
+# %% ../../nbs/study/command.ipynb #de974cc2
 def _add_batch(commands):
     "The command `asyproxy batch`."
     runner = commands.add_parser(
@@ -89,7 +89,7 @@ def _add_batch(commands):
                              "number, results may differ in the last digits")
     _add_cluster(runner)
 
-# %% ../../nbs/study/command.ipynb #0b3b953a
+# %% ../../nbs/study/command.ipynb #ed7086b6
 def _add_cluster(runner):
     "What Slurm is told."
     cluster = runner.add_argument_group("on a cluster")
@@ -101,7 +101,7 @@ def _add_cluster(runner):
     cluster.add_argument("--sbatch", action="append", metavar="NAME=VALUE",
                          help="another option of sbatch, such as mem=32G or account=NAME, may be repeated")
 
-# %% ../../nbs/study/command.ipynb #ca12af9f
+# %% ../../nbs/study/command.ipynb #5c935b5a
 def _executor(options: dict, threads: int):
     "What runs the commands. Raises ValueError."
     from asyproxy.study.workers import Workers

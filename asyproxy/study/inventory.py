@@ -106,12 +106,12 @@ def _finished(path: Path, folder: Path) -> Entry:
     state = "running" if busy(folder) else "complete" if folder.is_dir() else "record only"
     return Entry(path.stem, state, record["study"], record["parameters"], record, main_result(record), size, time)
 
-# %% ../../nbs/study/inventory.ipynb #6d457212
+# %% ../../nbs/study/inventory.ipynb #e53adc00
 def inventory() -> list[Entry]:  # the newest last
     "Every run of which there is a folder or a record."
     runs = output_folder("runs")
     records = {path.stem: path for path in output_folder("figures", "records").glob("[!.]*.json")}
-    folders = {path.name: path for path in runs.glob("[!.]*") if path.is_dir()}
+    folders = {path.name: path for path in runs.glob("[!.]*-*") if path.is_dir()}  # an id has a hash at its end
     entries = [_finished(path, runs / identity) for identity, path in records.items()]
     entries += [_unfinished(path) for identity, path in folders.items() if identity not in records]
     return sorted(entries, key=lambda entry: (entry.time, entry.identity))

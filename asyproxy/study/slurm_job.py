@@ -49,7 +49,7 @@ def _leave_word(path: Path, code: int, reason: str):
     with write_atomically(path) as temporary:
         temporary.write_text(json.dumps({"code": code, "reason": reason}), encoding="utf-8")
 
-# %% ../../nbs/study/slurm_job.ipynb #bac4cdac
+# %% ../../nbs/study/slurm_job.ipynb #822774ea
 _LEAVES = 2.0  # seconds between TERM and the end, for USR2
 
 
@@ -82,7 +82,8 @@ class Errand:
         try:
             _wait(self._process)
         except Exception as error:  # of submitit, in the handler of a signal
-            _leave_word(word, 1, str(error))
+            often = "its time was up more often than it is requeued: give it more, with --time"
+            _leave_word(word, 1, often if "timed-out" in str(error) else str(error))
             raise
         code = self._process.wait()
         if self._leaves:

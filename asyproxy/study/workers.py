@@ -66,7 +66,7 @@ class Worker:
         "Asks it to end; `poll` tells when it has."
         self._process.stdin.close()
 
-# %% ../../nbs/study/workers.ipynb #52d503f6
+# %% ../../nbs/study/workers.ipynb #08d10fd7
 class Workers:
     "Runs commands on this machine."
 
@@ -86,6 +86,17 @@ class Workers:
     ) -> list[Worker]:
         "Starts them all."
         return [self._start(command) for command in commands]
+
+    def has(
+        self,
+        name: str,  # of a run
+    ) -> bool:
+        "Whether an earlier batch has started it: never, for commands end with their batch."
+        return False
+
+    def left(self) -> str:
+        "What is to be said of commands that stay when the batch ends: nothing."
+        return ""
 
     def _start(self, command: list[str]) -> Worker:
         self._started = [one for one in self._started if one.poll() is None]
