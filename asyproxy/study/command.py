@@ -45,8 +45,7 @@ def _add_prepare(commands, asked: bool):
     reader = commands.add_parser(
         "prepare", help="find, count and check the images of a data set",
         description="Finds the images in whatever form they were unpacked, opens each once, compares the counts "
-                    "with the official ones and keeps the table beside the data. Emoji are fetched with npm "
-                    "and drawn, the first time.")
+                    "with the official ones and keeps the table beside the data.")
     known = parameters(Images)
     names = known["data_name"].names() if asked else ()
     reader.add_argument("data_name", help=f"one of {', '.join(names)}")
@@ -60,7 +59,6 @@ def _prepare(images: Images):
     "Prints what `load_data` found, and the command that goes on with it."
     from asyproxy.data.prepare import describe, load_data, make
 
-    make(images.data_name, images.data_path)
     values = {name: getattr(images, name) for name in parameters(Images)}
     make(images.data_name, images.data_path)
     data, options = load_data(**values), []
@@ -98,8 +96,8 @@ def _add_cluster(runner):
     cluster.add_argument("--gpus", type=int, metavar="N", help="of a run, on each node")
     cluster.add_argument("--cpus", type=int, metavar="N", help="of a run (default: as many as threads)")
     cluster.add_argument("--time", metavar="TIME", help="such as 2:30:00 or 2-00; then a run is requeued and goes on")
-    cluster.add_argument("--sbatch", action="append", metavar="NAME=VALUE",
-                         help="another option of sbatch, such as mem=32G or account=NAME, may be repeated")
+    cluster.add_argument("--sbatch", action="append", metavar="NAME=VALUE", help="another option of sbatch, such as "
+                         "mem=32G or account=NAME, may be repeated")
 
 # %% ../../nbs/study/command.ipynb #5c935b5a
 def _executor(options: dict, threads: int):

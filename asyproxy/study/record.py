@@ -175,14 +175,14 @@ def finished(
     asked, measured = (set(str(values.get("recalls", "")).split(",")) for values in (said, there["parameters"]))
     return there if asked <= measured else None
 
-# %% ../../nbs/study/record.ipynb #e89237a7
+# %% ../../nbs/study/record.ipynb #f59914fb
 BUSY = 75  # exit code of a command that was refused for that reason, such as sysexits.h has it
 
 
 class Busy(ValueError):
     "Another process works on a run."
 
-
+# %% ../../nbs/study/record.ipynb #20b84b87
 def owned(
     folder: Path,  # of a run; made if need be
     kind: str,  # of the owner: "command" or "notebook"
@@ -197,7 +197,7 @@ def owned(
                    "wait for it, or end it") from error
     return lock
 
-# %% ../../nbs/study/record.ipynb #88a25644
+# %% ../../nbs/study/record.ipynb #ca4dd9da
 def busy(
     folder: Path,  # of a run
 ) -> bool:

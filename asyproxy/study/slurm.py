@@ -39,7 +39,8 @@ def in_minutes(
         first, second, third = 0, first, second
     seconds = ((days or 0) * 24 + first) * 3600 + (second or 0) * 60 + (third or 0)
     if seconds < 300:
-        raise ValueError(f"expected a time of at least 5 minutes, in which a run starts and ends an epoch, got {text!r}")
+        raise ValueError("expected a time of at least 5 minutes, in which a run starts and ends an epoch, "
+                         f"got {text!r}")
     return math.ceil(seconds / 60)
 
 # %% ../../nbs/study/slurm.ipynb #afc60190
@@ -68,7 +69,28 @@ _PATIENT = ("None", "Priority", "Resources", "BeginTime", "Cleaning", "JobArrayT
             "Reservation", "Licenses", "Assoc", "QOS")  # for which jobs wait every day, or beginnings of it
 
 
-class Queue:
+def _last(said: str) -> str:
+    return next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "it said nothing")
+
+# %% ../../nbs/study/slurm.ipynb #a9d19f0b
+class _Teller:
+    "Says a thing once."
+
+    def __init__(self, say: Callable[[str], object]):
+        self._say, self._said = say, set()
+
+    def tell_once(
+        self,
+        text: str,  # to be said
+        key: str,  # by which it is known
+    ):
+        "Says something, unless it was said."
+        if key not in self._said:
+            self._said.add(key)
+            self._say(text)
+
+# %% ../../nbs/study/slurm.ipynb #99a045fc
+class Queue(_Teller):
     "The jobs of this user, as Slurm said last."
 
     def __init__(
@@ -76,13 +98,15 @@ class Queue:
         every: float,  # seconds between two questions at most
         say: Callable[[str], object],  # what a user should know
     ):
+        super().__init__(say)
         self.every, self.number, self.jobs = every, 0, {}  # number: how often it has answered
-        self._say, self._said, self._next, self._begun = say, set(), 0.0, time.monotonic()
+        self._next, self._begun = 0.0, time.monotonic()
 
     def look(self) -> int:
         "Asks if it is time to; how often it has answered by now."
         if time.monotonic() >= self._next:
-            command = ["squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", "--format=%i|%T|%r|%k"]
+            command = ["squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}",
+                       "--format=%i|%T|%r|%k"]
             done = subprocess.run(command, capture_output=True, text=True)
             now = time.monotonic()
             self._next = now + min(self.every, max(1.0, (now - self._begun) / 4))
@@ -113,20 +137,6 @@ class Queue:
         if not why.startswith(_PATIENT):
             self.tell_once(f"Slurm holds back jobs such as {job}: {why}", why)
 
-    def tell_once(
-        self,
-        text: str,  # to be said
-        key: str,  # by which it is known
-    ):
-        "Says something, unless it was said."
-        if key not in self._said:
-            self._said.add(key)
-            self._say(text)
-
-
-def _last(said: str) -> str:
-    return next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "it said nothing")
-
 # %% ../../nbs/study/slurm.ipynb #e3ad7566
 def _in_accounts(job: str) -> str:
     "The last state of a job; GONE where nobody knows."
@@ -140,12 +150,25 @@ def _in_accounts(job: str) -> str:
 # %% ../../nbs/study/slurm.ipynb #dadf8895
 _ENDS = {
     "CANCELLED": "cancelled", "TIMEOUT": "it reached its time limit", "NODE_FAIL": "its node failed",
-    "BOOT_FAIL": "its node did not start", "DEADLINE": "it missed its deadline", "PREEMPTED": "preempted, and not requeued",
+    "BOOT_FAIL": "its node did not start", "DEADLINE": "it missed its deadline",
+    "PREEMPTED": "preempted, and not requeued",
     "OUT_OF_MEMORY": "out of memory: ask for more, such as --sbatch mem=32G",
 }
 _LATE = 30.0  # seconds that a file may take from a node to here
 
 
+def _logs(job: str, folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"{job}_0_log.*"))
+
+
+def _without_word(job: str, folder: Path, state: str) -> str:
+    "Why a job may have failed before it could say so."
+    if not _logs(job, folder):
+        return f"job {job} ended ({state}) and wrote nothing to {folder}: do all nodes share that disk?"
+    said = "".join(path.read_text(errors="replace") for path in reversed(_logs(job, folder)))  # errors at the end
+    return f"job {job} ended ({state}): {_last(said)}"
+
+# %% ../../nbs/study/slurm.ipynb #51ef3e2e
 class Handle:
     "A command that waits, runs, or has ended."
 
@@ -178,10 +201,11 @@ class Handle:
             state = _in_accounts(self.job)
         if word or state in _ENDS:
             return (1, _ENDS[state]) if state in _ENDS else (word["code"], word["reason"])
-        if state == "GONE" and self._waits and not self._logs():
+        if state == "GONE" and self._waits and not _logs(self.job, self._word.parent):
             return 1, "cancelled before it started"
         self._gone = self._gone or time.monotonic()
-        return (None, "") if time.monotonic() - self._gone < _LATE else (1, self._without_word(state))
+        late = time.monotonic() - self._gone >= _LATE
+        return (1, _without_word(self.job, self._word.parent, state)) if late else (None, "")
 
     def _alive(self, state: str, why: str) -> tuple[None, str]:
         "What a job has come to that has not ended."
@@ -189,16 +213,6 @@ class Handle:
         if self._waits:
             self._queue.held(self.job, why)
         return None, f"waits: {why}" if self._waits else ""
-
-    def _logs(self) -> list[Path]:
-        return sorted(self._word.parent.glob(f"{self.job}_0_log.*"))
-
-    def _without_word(self, state: str) -> str:
-        "Why a job may have failed before it could say so."
-        if not self._logs():
-            return f"job {self.job} ended ({state}) and wrote nothing to {self._word.parent}: do all nodes share that disk?"
-        said = "".join(path.read_text(errors="replace") for path in reversed(self._logs()))  # errors at the end
-        return f"job {self.job} ended ({state}): {_last(said)}"
 
     def state(self) -> str:
         "waiting, running or ended."
@@ -276,54 +290,19 @@ _UNREACHABLE = re.compile("controller|timed out|refused|connection failure|tempo
 _PROGRAMS = ("sbatch", "squeue", "scancel", "srun")
 
 
-class Slurm:
-    "Runs commands as jobs of the cluster."
+def _check(folder: Path, slots: float, cpus: int, gpus: int):
+    "Raises ValueError on what no cluster gives, and where there is none."
+    if slots < 1 or cpus < 1 or gpus < 0:
+        raise ValueError(f"expected at least one worker and one CPU, got {slots} and {cpus}, and {gpus} GPUs")
+    if missing := [name for name in _PROGRAMS if not shutil.which(name)]:
+        raise ValueError(f"expected a machine from which jobs can be submitted to Slurm, got none: {missing[0]} is "
+                         "not on the path; log in to a node of the cluster, or leave out --on slurm")
+    if "%" in str(folder):
+        raise ValueError(f"expected a folder without %, which Slurm would replace, got {folder}")
 
-    def __init__(
-        self,
-        folder: Path,  # on a shared disk, the same for all batches: what is submitted is remembered here
-        *,
-        partition: str | None = None,  # None: the cluster's default
-        gpus: int = 0,  # of each job, on each node
-        cpus: int = 1,  # of each job, for threads and loaders
-        time: str = "24:00:00",  # that a job may take until it is requeued, as `in_minutes` reads it
-        sbatch: list[str] | tuple = (),  # other options, as `sbatch_options` reads them
-        slots: float = math.inf,  # jobs in the queue at the same time
-        every: float = 30.0,  # seconds between two looks at the queue, at most
-        say: Callable[[str], object] = print,  # what a user should know
-    ):
-        self.folder, self.slots, self._options = Path(folder).absolute(), slots, sbatch_options(sbatch)
-        self._settings = {"time": in_minutes(time), "cpus_per_task": cpus}
-        self._settings |= ({"partition": partition} if partition else {}) | ({"gpus_per_node": gpus} if gpus else {})
-        if slots < 1 or cpus < 1 or gpus < 0:
-            raise ValueError(f"expected at least one worker and one CPU, got {slots} and {cpus}, and {gpus} GPUs")
-        if missing := [name for name in _PROGRAMS if not shutil.which(name)]:
-            raise ValueError(f"expected a machine from which jobs can be submitted to Slurm, got none: {missing[0]} is "
-                             "not on the path; log in to a node of the cluster, or leave out --on slurm")
-        if "%" in str(self.folder):
-            raise ValueError(f"expected a folder without %, which Slurm would replace, got {self.folder}")
-        self._queue, self._handles = Queue(every, say), {}
-
-    def start(
-        self,
-        commands: list[list[str]],  # a program and its arguments each
-        names: list[str],  # of their runs
-    ) -> list[Handle]:
-        "Queues those that are not there. Raises ValueError with Slurm's words where it refuses them."
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / ".lock"):
-            self._queue.ask()
-            for path, noted in _noted(self.folder):
-                if noted["jobs"] is None:
-                    _withdraw(path, self._queue)
-            jobs = self._alive()
-            new = [(name, command) for name, command in dict(zip(names, commands)).items() if name not in jobs]
-            for first in range(0, len(new), _ARRAY):
-                jobs |= self._submit(dict(new[first:first + _ARRAY]))
-        for name in names:
-            job, folder = jobs[name]
-            self._handles[name] = Handle(self._queue, job, folder / f"{name}.json")
-        return [self._handles[name] for name in names]
+# %% ../../nbs/study/slurm.ipynb #be512686
+class _Submits:
+    "What is submitted, and what is alive of it."
 
     def has(
         self,
@@ -357,7 +336,8 @@ class Slurm:
             _note(folder, list(commands), None)
             try:
                 with _outside():
-                    jobs = [job.job_id for job in _executor(folder, self._settings, self._options).submit_array(errands)]
+                    executor = _executor(folder, self._settings, self._options)
+                    jobs = [job.job_id for job in executor.submit_array(errands)]
                 _note(folder, list(commands), jobs)
                 return {name: (job, folder) for name, job in zip(commands, jobs)}
             except FailedJobError as error:
@@ -372,3 +352,47 @@ class Slurm:
         self._queue.tell_once(f"Slurm does not answer ({_last(said)}): waiting until it does", "unreachable")
         self._queue.ask()
         _withdraw(folder, self._queue)
+
+# %% ../../nbs/study/slurm.ipynb #f65cfc01
+class Slurm(_Submits):
+    "Runs commands as jobs of the cluster."
+
+    def __init__(
+        self,
+        folder: Path,  # on a shared disk, the same for all batches: what is submitted is remembered here
+        *,
+        partition: str | None = None,  # None: the cluster's default
+        gpus: int = 0,  # of each job, on each node
+        cpus: int = 1,  # of each job, for threads and loaders
+        time: str = "24:00:00",  # that a job may take until it is requeued, as `in_minutes` reads it
+        sbatch: list[str] | tuple = (),  # other options, as `sbatch_options` reads them
+        slots: float = math.inf,  # jobs in the queue at the same time
+        every: float = 30.0,  # seconds between two looks at the queue, at most
+        say: Callable[[str], object] = print,  # what a user should know
+    ):
+        self.folder, self.slots, self._options = Path(folder).absolute(), slots, sbatch_options(sbatch)
+        self._settings = {"time": in_minutes(time), "cpus_per_task": cpus}
+        self._settings |= ({"partition": partition} if partition else {}) | ({"gpus_per_node": gpus} if gpus else {})
+        _check(self.folder, slots, cpus, gpus)
+        self._queue, self._handles = Queue(every, say), {}
+
+    def start(
+        self,
+        commands: list[list[str]],  # a program and its arguments each
+        names: list[str],  # of their runs
+    ) -> list[Handle]:
+        "Queues those that are not there. Raises ValueError with Slurm's words where it refuses them."
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / ".lock"):
+            self._queue.ask()
+            for path, noted in _noted(self.folder):
+                if noted["jobs"] is None:
+                    _withdraw(path, self._queue)
+            jobs = self._alive()
+            new = [(name, command) for name, command in dict(zip(names, commands)).items() if name not in jobs]
+            for first in range(0, len(new), _ARRAY):
+                jobs |= self._submit(dict(new[first:first + _ARRAY]))
+        for name in names:
+            job, folder = jobs[name]
+            self._handles[name] = Handle(self._queue, job, folder / f"{name}.json")
+        return [self._handles[name] for name in names]
