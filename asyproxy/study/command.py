@@ -45,7 +45,8 @@ def _add_prepare(commands, asked: bool):
     reader = commands.add_parser(
         "prepare", help="find, count and check the images of a data set",
         description="Finds the images in whatever form they were unpacked, opens each once, compares the counts "
-                    "with the official ones and keeps the table beside the data.")
+                    "with the official ones and keeps the table beside the data. Emoji are fetched with npm "
+                    "and drawn, the first time.")
     known = parameters(Images)
     names = known["data_name"].names() if asked else ()
     reader.add_argument("data_name", help=f"one of {', '.join(names)}")

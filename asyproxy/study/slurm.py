@@ -169,8 +169,8 @@ def _without_word(job: str, folder: Path, state: str) -> str:
     return f"job {job} ended ({state}): {_last(said)}"
 
 # %% ../../nbs/study/slurm.ipynb #51ef3e2e
-class Handle:
-    "A command that waits, runs, or has ended."
+class _Watched:
+    "A job, and what has become of it."
 
     def __init__(
         self,
@@ -181,13 +181,6 @@ class Handle:
         self.job, self._queue, self._word, self._seen = job, queue, word, queue.number
         self._code, self._reason, self._gone = None, "", None
         self._waits = queue.jobs.get(job, ("PENDING",))[0] in _WAIT
-
-    def poll(self) -> int | None:
-        "The exit code; None: it waits or runs."
-        if self._code is None and self._queue.look() != self._seen:
-            self._seen = self._queue.number
-            self._code, self._reason = self._judged()
-        return self._code
 
     def _judged(self) -> tuple[int | None, str]:
         "Exit code, and why it failed, or waits."
@@ -213,6 +206,17 @@ class Handle:
         if self._waits:
             self._queue.held(self.job, why)
         return None, f"waits: {why}" if self._waits else ""
+
+# %% ../../nbs/study/slurm.ipynb #81829e65
+class Handle(_Watched):
+    "A command that waits, runs, or has ended."
+
+    def poll(self) -> int | None:
+        "The exit code; None: it waits or runs."
+        if self._code is None and self._queue.look() != self._seen:
+            self._seen = self._queue.number
+            self._code, self._reason = self._judged()
+        return self._code
 
     def state(self) -> str:
         "waiting, running or ended."
