@@ -109,8 +109,8 @@ def end_once(folder: Path, way: tuple, moment: float) -> bool:
         process.communicate()
         return False
     alive = left(folder)
-    if alive and (name, target) == ("SIGINT", "kernel"):  # an idle kernel does not hear it, and the run goes on
-        assert process.wait(300) == 0, way
+    if alive and (name, target) == ("SIGINT", "kernel"):  # an idle kernel does not hear it, and the run goes on; one
+        process.wait(300)  # that hears it stops when Python comes to it, which may take longer on a busy machine
         alive = left(folder)
     said, _ = process.communicate()
     assert not alive, f"{way}: {alive}"
