@@ -17,8 +17,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import nbformat
-from signals import OWN, SIGNALS, left, members
+from signals import OWN, SIGNALS, finished, left, members
+
+from asyproxy.fixtures.notebooks import write_study
 
 TARGETS = ("command", "group", "all", "run", "kernel")
 GOES_ON = ("run", "kernel")  # of which the command hears nothing
@@ -40,9 +41,7 @@ CELLS = (
 def write_plan(folder: Path, quick: bool) -> Path:
     "A run, a search of two generations, and its winner with another seed: four runs, or seven with a rung."
     notebook = str(folder / "quick.ipynb") if quick else "benchmark"
-    cells = [nbformat.v4.new_code_cell(cell) for cell in CELLS]
-    cells[0].metadata["tags"] = ["parameters"]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "quick.ipynb")
+    write_study(folder / "quick.ipynb", *CELLS)
     search = {"trials": 2, "generation": 1} if quick else {
         "trials": 3, "generation": 2, "rungs": {"num_epochs": [2, 3]}}
     search["space"] = {"lr": {"low": 1e-4, "high": 1e-1, "log": True}}
@@ -96,15 +95,6 @@ def records(folder: Path) -> dict[str, dict]:
     return found
 
 
-def finished(folder: Path, workers: int) -> float:
-    "Seconds of a batch that is left alone."
-    begun = time.monotonic()
-    process = start(folder, workers)
-    said, _ = process.communicate()
-    assert process.returncode == 0, said
-    return time.monotonic() - begun
-
-
 def end_once(folder: Path, way: tuple, workers: int, moment: float, rng: random.Random) -> bool:
     "Whether a batch was ended at a moment; raises AssertionError where something of it lives on, or a run is lost."
     name, target = way
@@ -134,7 +124,7 @@ def ended(count: int, seed: int, quick: bool) -> Counter:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_plan(folder, quick)
-        length = finished(folder, 1)
+        length = finished(start(folder, 1))
         expected = records(folder)
         assert len(expected) == (4 if quick else 7), sorted(expected)
         for workers in itertools.cycle((2, 1)):
@@ -149,7 +139,7 @@ def ended(count: int, seed: int, quick: bool) -> Counter:
                 print(f"{counts.total()}/{count} {way[0]} to {way[1]}, {workers} workers", flush=True)
                 if way[1] in GOES_ON:
                     break
-            finished(folder, workers)
+            finished(start(folder, workers))
             assert records(folder) == expected, f"other records with {workers} workers"
             kept = {path.name for path in (folder / "runs").iterdir()}
             assert len(kept) == 2, f"expected the folders of two runs, and none of a trial, got {kept}"

@@ -86,10 +86,9 @@ def record(folder: Path, devices: int) -> dict:
     return {name: value for name, value in one.items() if name not in OWN}
 
 
-def finished(folder: Path, devices: int, seed: int = 0) -> float:
-    "Seconds of a run that is left alone."
+def finished(process: subprocess.Popen) -> float:
+    "Seconds of what was started just now and is left alone."
     begun = time.monotonic()
-    process = start(folder, devices, seed)
     said, _ = process.communicate()
     assert process.returncode == 0, said
     return time.monotonic() - begun
@@ -126,13 +125,13 @@ def ended(count: int, seed: int) -> Counter:
     endless = itertools.cycle(ways)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        finished(folder, 1, seed=9)
+        finished(start(folder, 1, seed=9))
         untouched, expected, length = others(folder), {}, {}
         for devices in itertools.cycle((1, 2)):
             if counts.total() >= count:
                 return counts
             if devices not in expected:
-                length[devices] = finished(folder, devices)
+                length[devices] = finished(start(folder, devices))
                 expected[devices] = record(folder, devices)
             for path in [*folder.glob("runs/*-0-*"), *folder.glob("figures/records/*-0-*")]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -140,7 +139,7 @@ def ended(count: int, seed: int) -> Counter:
                 if end_once(folder, (name, target, devices), rng.uniform(0, length[devices])):
                     counts[f"{name}, {target}"] += 1
                     print(f"{counts.total()}/{count} {name} to the {target}, devices {devices}", flush=True)
-            finished(folder, devices)
+            finished(start(folder, devices))
             assert record(folder, devices) == expected[devices], f"another record with {devices} devices"
             assert others(folder) == untouched, "other runs were touched"
             print(f"the record of {devices} devices is that of a run left alone", flush=True)

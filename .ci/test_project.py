@@ -17,7 +17,6 @@ from filecmp import cmp
 from importlib.metadata import metadata
 from pathlib import Path
 
-import nbformat
 import pytest
 import torch
 from packaging.requirements import Requirement
@@ -25,6 +24,7 @@ from packaging.specifiers import SpecifierSet
 from project import ROOT, library, readme, studies
 
 from asyproxy.experiment import Experiment, parameters_cell, smallest
+from asyproxy.fixtures.notebooks import write_study
 from asyproxy.study.parameters import STUDIES
 from asyproxy.study.record import record_text
 
@@ -432,12 +432,10 @@ run.finish(metrics={"held": len(held)})
 def four(tmp_path) -> Path:
     "A plan of four runs in a folder with braces; the kernel of its notebook is unknown, and a merge broke what is beside it."
     folder = tmp_path / "run{a}"
-    cells = ["seed: int = 0", "from asyproxy.study import Run\nrun = Run('four', globals())", FATES]
-    cells = [nbformat.v4.new_code_cell(cell) for cell in cells]
-    cells[0].metadata["tags"] = ["parameters"]
     kernel = {"name": "py39_new", "display_name": "of another machine", "language": "python"}
     (folder / "figures" / "records").mkdir(parents=True)
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), folder / "four.ipynb")
+    begin = "from asyproxy.study import Run\nrun = Run('four', globals())"
+    write_study(folder / "four.ipynb", "seed: int = 0", begin, FATES, kernel=kernel)
     for broken in ("broken.ipynb", "figures/records/broken.json"):
         (folder / broken).write_text("<<<<<<< HEAD\n{}\n=======\n{}\n>>>>>>> theirs")
     part = {"name": "seeds", "notebook": str(folder / "four.ipynb"), "grid": {"seed": [0, 1, 2, 3]}}
@@ -524,10 +522,8 @@ def test_batch_on_slurm(tmp_path):
     batch is ended and started again: it finds what runs, and queues the one that was cancelled."""
     if reason := why_not_slurm():
         pytest.skip(reason)
-    cells = ["seed: int = 0", "from asyproxy.study import Run\nrun = Run('six', globals())", ON_SLURM]
-    cells = [nbformat.v4.new_code_cell(cell) for cell in cells]
-    cells[0].metadata["tags"] = ["parameters"]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "six.ipynb")
+    begin = "from asyproxy.study import Run\nrun = Run('six', globals())"
+    write_study(tmp_path / "six.ipynb", "seed: int = 0", begin, ON_SLURM)
     part = {"name": "seeds", "notebook": str(tmp_path / "six.ipynb"), "grid": {"seed": [0, 5, 1, 2, 3, 4]}}
     (tmp_path / "plan.yaml").write_text(json.dumps([part]))
     command = [sys.executable, "-m", "asyproxy", "batch", str(tmp_path / "plan.yaml"), "--on", "slurm"]

@@ -242,19 +242,24 @@ def _is_made(path: Path) -> bool:
     return _resvg() in ("", made_by)
 
 # %% ../../nbs/data/emoji.ipynb #c15ebf45
+def _file(data_path: str | Path) -> Path:
+    "Where the drawings are kept."
+    return (user_path(data_path) if str(data_path) else cache_folder()) / "emoji.safetensors"
+
+
 def make_emoji(
     data_path: str | Path = "",  # where packages and drawings are kept; by default the cache
 ):
     "Fetches and draws what is not there. Raises OSError or ValueError that says what is lacking."
-    folder = user_path(data_path) if str(data_path) else cache_folder()
-    if _is_made(path := folder / "emoji.safetensors"):
+    path = _file(data_path)
+    if _is_made(path):
         return
     if not _resvg():
         raise ValueError("expected resvg_py, which draws the emoji, found none: pip install resvg_py")
     for prefix in tqdm(PACKAGES, "fetching packages with npm"):
-        if not _is_fetched(folder, prefix):
-            _fetch(folder, prefix)
-    contents = {prefix: _content(_tarball(folder, prefix), prefix) for prefix in PACKAGES}
+        if not _is_fetched(path.parent, prefix):
+            _fetch(path.parent, prefix)
+    contents = {prefix: _content(_tarball(path.parent, prefix), prefix) for prefix in PACKAGES}
     tensors, names = _draw_all({prefix: _read(content, "icons.json") for prefix, content in contents.items()})
     credits = [_attribution(_read(content, "info.json"), prefix) for prefix, content in contents.items()]
     metadata = {"recipe": _recipe(), "resvg": version("resvg_py"), "classes": names, "attribution": credits}
@@ -274,7 +279,7 @@ def load_emoji(
     data_path: str | Path = "",  # where `make_emoji` has put them; by default the cache
 ) -> ImageData:
     "1,159 classes of 5 to 8 drawings, 64 x 64: 579 classes train. Raises FileNotFoundError or ValueError."
-    path = (user_path(data_path) if str(data_path) else cache_folder()) / "emoji.safetensors"
+    path = _file(data_path)
     try:
         tensors, metadata = _kept(path)
     except (OSError, ValueError) as error:

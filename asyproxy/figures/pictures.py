@@ -10,7 +10,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Rectangle
 
-from .style import clipped, text_width
+from .style import clipped
+from ..text import text_width
 
 # %% ../../nbs/figures/pictures.ipynb #69150d42
 def _size(image: np.ndarray, cell: tuple[float, float]) -> tuple[float, float]:

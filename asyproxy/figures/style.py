@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'MARKERS', 'LINES', 'HATCHES', 'NAMES', 'LOSSES', 'FALLBACKS', 'colour', 'look', 'loss_name', 'loss_number',
            'in_order', 'shade', 'group_looks', 'font_family', 'without_glyph', 'plain', 'place_legend', 'legend_height',
-           'text_width', 'wrapped', 'clipped', 'missing_characters', 'use_style', 'save_figure']
+           'wrapped', 'clipped', 'missing_characters', 'use_style', 'save_figure']
 
 # %% ../../nbs/figures/style.ipynb #4bcd8da8
 import colorsys
@@ -27,7 +27,7 @@ from matplotlib.legend import Legend
 from matplotlib.text import Text
 
 from ..files import write_atomically
-from ..text import code, shortened, spelled
+from ..text import code, shortened, spelled, text_width
 
 # %% ../../nbs/figures/style.ipynb #fd2490b1
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442", "#999999", "#7F3C8D")
@@ -168,13 +168,6 @@ def legend_height(
     return 0.16 * max(lines)
 
 # %% ../../nbs/figures/style.ipynb #a4c0b183
-def text_width(
-    text: str,  # one line
-) -> int:  # in Latin characters
-    "How wide a text is."
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
-
-
 def wrapped(
     text: str,  # of a user
     width: int,  # of a line, in Latin characters

@@ -9,7 +9,7 @@ __all__ = ['LearnableProxyLoss']
 import torch
 from torch import nn
 
-from .proxies import (check_call, check_margin, check_temperature, cross_entropies, loss_of_guess,
+from .proxies import (check_call, check_share, check_temperature, cross_entropies, loss_of_guess,
                                    proxy_similarities, random_proxies, unit_rows, whole_batch)
 
 # %% ../../nbs/loss/learnable.ipynb #7c5fc128
@@ -26,7 +26,7 @@ class LearnableProxyLoss(nn.Module):
     ):
         super().__init__()
         check_temperature(temperature)
-        check_margin(margin)
+        check_share("margin", margin)
         self.temperature, self.margin = temperature, margin
         self.proxies = nn.Parameter(random_proxies(num_classes, feature_dim))
 

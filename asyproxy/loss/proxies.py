@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_sizes', 'random_proxies', 'place_proxies', 'full_precision', 'unit_rows', 'proxy_similarities',
-           'cross_entropies', 'cross_entropy', 'check_margin', 'loss_of_guess', 'Diverged', 'check_shapes',
-           'check_call', 'check_values', 'check_temperature', 'whole_batch']
+           'cross_entropies', 'cross_entropy', 'check_share', 'loss_of_guess', 'Diverged', 'check_shapes', 'check_call',
+           'check_values', 'check_temperature', 'whole_batch']
 
 # %% ../../nbs/loss/proxies.ipynb #60ff7f39
 import math
@@ -88,12 +88,13 @@ def cross_entropy(
     return cross_entropies(logits, labels).mean()
 
 # %% ../../nbs/loss/proxies.ipynb #2745c541
-def check_margin(
-    margin: float,  # to be in [0, 1]
+def check_share(
+    name: str,  # momentum or margin
+    value: float,  # to be in [0, 1]
 ):
-    "Raises ValueError on a margin outside of [0, 1]."
-    if not 0 <= margin <= 1:
-        raise ValueError(f"expected a margin in [0, 1], got {margin}")
+    "Raises ValueError on a value outside of [0, 1]."
+    if not 0 <= value <= 1:
+        raise ValueError(f"expected a {name} in [0, 1], got {value}")
 
 # %% ../../nbs/loss/proxies.ipynb #2c119d7b
 def loss_of_guess(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..children import ended_by
 from .plan import Job, Plan, due
-from .record import BUSY, busy, finished, places
+from .record import BUSY, busy, finished, places, run_folder
 from .run import find_notebook, looking
 
 # %% ../../nbs/study/batch.ipynb #67b68260
@@ -60,7 +60,7 @@ def _task(job: Job, identify: Callable[[Path, dict], dict]) -> Task:
     task.identity, task.said = answer["identity"], answer["said"]
     task.command = [sys.executable, "-m", "asyproxy", "run", str(path), "--once", *words]
     folder, task.record = places(task.identity, task.said, near=path.parent)
-    task.folder = folder.parent if folder.name == "again" else folder
+    task.folder = run_folder(folder)
     if record := finished(task.record, task.said):
         task.end("complete", record)
     return task
@@ -76,6 +76,7 @@ class Batch:
     ):
         self.plan, self.executor, self.begun = plan, executor, time.monotonic()
         self.tasks: dict[Job, Task] = {}
+        self.known = -1  # how many runs had ended when it was last asked which are due
 
     def outcomes(self) -> dict[Job, dict | str]:
         "Record or reason of each run that has ended."
@@ -97,11 +98,14 @@ def look(
     batch: Batch,  # gets what may start now
 ):
     "Takes in the runs that are due, and whether they are complete."
-    if not _new(batch):
+    if len(batch.outcomes()) == batch.known:  # what is due follows from what has ended
         return
-    with looking() as identify:
-        while new := _new(batch):
-            batch.tasks |= {job: _task(job, identify) for job in new}
+    if new := _new(batch):
+        with looking() as identify:
+            while new:
+                batch.tasks |= {job: _task(job, identify) for job in new}
+                new = _new(batch)
+    batch.known = len(batch.outcomes())
 
 # %% ../../nbs/study/batch.ipynb #b88fa6e8
 def _start(executor, tasks: list[Task], running: int):

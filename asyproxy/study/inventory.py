@@ -17,7 +17,7 @@ from pathlib import Path
 from ..experiment import cell_values, hint
 from .environment import output_folder
 from .record import busy, read_record
-from ..text import one_line, shortened
+from ..text import leaves, one_line, shortened
 
 # %% ../../nbs/study/inventory.ipynb #04c62ffd
 def main_result(
@@ -169,23 +169,15 @@ def listed(
     total = of_size(sum(entry.size for entry in entries))
     return "\n".join([*lines, f"{len(entries)} runs{f' ({counts})' if entries else ''}, {total}"])
 
-# %% ../../nbs/study/inventory.ipynb #86c2e5e8
-def _leaves(value, above: str = "") -> dict:
-    "What a nested dictionary says, by names such as metrics/last/dense/recall@1."
-    if not isinstance(value, dict):
-        return {above: value}
-    return {name: leaf for key, inner in value.items()
-            for name, leaf in _leaves(inner, f"{above}/{key}" if above else str(key)).items()}
-
 # %% ../../nbs/study/inventory.ipynb #12d6f928
 def _parts(entry: Entry) -> dict[str, dict]:
     "What may differ between two runs, in the order in which it is shown."
     record, parts = entry.record or {}, {"": {"state": entry.state}, "parameters": entry.parameters or {}}
     if record:
         parts[""] |= {name: record.get(name) for name in ("seconds", "peak_memory_mb")}
-        parts["metrics"] = _leaves(record.get("metrics") or {})
+        parts["metrics"] = leaves(record.get("metrics") or {})
         parts["history"] = {"epochs": len(record.get("history") or ())}
-        parts["surroundings"] = _leaves(record.get("environment") or {})
+        parts["surroundings"] = leaves(record.get("environment") or {})
     return parts
 
 

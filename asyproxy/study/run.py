@@ -24,7 +24,7 @@ from asyproxy.experiment import (
 )
 from .environment import checkout, output_folder
 from .parameters import described
-from .record import finished, images_of, owned, places, read_record, settled
+from .record import finished, images_of, owned, places, read_record, run_folder, settled
 
 # %% ../../nbs/study/run.ipynb #5f0e48e8
 def find_notebook(
@@ -244,10 +244,9 @@ def run(
         raise ValueError(f"expected a notebook that can draw its record again, {path.name} measures while it draws")
     if draw and not record.exists():
         raise ValueError(f"expected a run that is complete, to draw it again, found no record {record}")
-    whole = folder.parent if folder.name == "again" else folder
-    owned(whole, "notebook").release()
-    with owned(whole, "command"):
+    owned(run_folder(folder), "notebook").release()
+    with owned(run_folder(folder), "command"):
         print(f"{identity} ...", flush=True)
-        result = _run(path, looked_at["given"], whole if draw else folder, record, draw)
+        result = _run(path, looked_at["given"], run_folder(folder) if draw else folder, record, draw)
     print(f"{identity}: {result['seconds']:.0f} s", flush=True)
     return result

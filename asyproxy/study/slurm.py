@@ -89,6 +89,15 @@ class _Teller:
             self._said.add(key)
             self._say(text)
 
+    def held(
+        self,
+        job: str,  # its number, such as 12_3
+        why: str,  # it waits, in Slurm's words
+    ):
+        "Says for which unusual reason a job waits: it may do so for ever."
+        if not why.startswith(_PATIENT):
+            self.tell_once(f"Slurm holds back jobs such as {job}: {why}", why)
+
 # %% ../../nbs/study/slurm.ipynb #99a045fc
 class Queue(_Teller):
     "The jobs of this user, as Slurm said last."
@@ -128,14 +137,6 @@ class Queue(_Teller):
         while self.look() == before:
             time.sleep(min(0.5, self.every))
 
-    def held(
-        self,
-        job: str,  # its number, such as 12_3
-        why: str,  # it waits, in Slurm's words
-    ):
-        "Says for which unusual reason a job waits: it may do so for ever."
-        if not why.startswith(_PATIENT):
-            self.tell_once(f"Slurm holds back jobs such as {job}: {why}", why)
 
 # %% ../../nbs/study/slurm.ipynb #e3ad7566
 def _in_accounts(job: str) -> str:

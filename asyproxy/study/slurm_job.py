@@ -61,6 +61,19 @@ def _wait(process: subprocess.Popen):
         pass
 
 # %% ../../nbs/study/slurm_job.ipynb #96e3b12f
+def _started(command: list[str], where: Path, said: Path) -> subprocess.Popen:
+    "A process that runs a command in a folder, and writes what it says to the end of a file."
+    streams = {"stdin": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
+    with open(said, "ab") as file:
+        return subprocess.Popen(guarded(command), cwd=where, env=_surroundings(), stdout=file, **streams)
+
+
+def _too_often(said: str) -> str:
+    "What submitit says, in words that help."
+    often = "its time was up more often than it is requeued: give it more, with --time"
+    return often if "timed-out" in said else said
+
+# %% ../../nbs/study/slurm_job.ipynb #5af131c4
 class Errand:
     "A command, as a job runs it; submitit keeps it in a file until then."
 
@@ -82,8 +95,7 @@ class Errand:
         try:
             _wait(self._process)
         except Exception as error:  # of submitit, in the handler of a signal
-            often = "its time was up more often than it is requeued: give it more, with --time"
-            _leave_word(word, 1, often if "timed-out" in str(error) else str(error))
+            _leave_word(word, 1, _too_often(str(error)))
             raise
         code = self._process.wait()
         if self._leaves:
@@ -93,10 +105,7 @@ class Errand:
         sys.exit(code)
 
     def _start(self, said: Path):
-        self._leaves, streams = False, {"stdin": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        with open(said, "ab") as file:
-            self._process = subprocess.Popen(guarded(self.command), cwd=self.where, env=_surroundings(), stdout=file,
-                                             start_new_session=True, **streams)
+        self._leaves, self._process = False, _started(self.command, self.where, said)
         signal.signal(signal.SIGTERM, lambda *_: self._end())
 
     def _end(self):

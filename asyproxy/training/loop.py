@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ..evaluation.collapse import collapse_signs, geometry
 from ..model import EmbeddingModel, save_model
 from ..processes import sum_over_processes, world
-from .batches import batches, by_class, shuffled
+from .batches import batches, by_class, fills, shuffled
 from .checkpoints import TrainingState, resume, save_checkpoint
 from .devices import set_precision
 from .log import EpochLog
@@ -195,8 +195,7 @@ def _check_batches(images: Dataset, plan: _Plan):
     "Raises ValueError on too few images, or batches that cannot be made of them."
     if len(images) < 2:
         raise ValueError(f"expected at least 2 images to train on, got {len(images)}")
-    if plan.per_class is not None and (plan.per_class < 1 or plan.batch_size % plan.per_class
-                                       or plan.batch_size < 2 * plan.per_class):
+    if plan.per_class is not None and not fills(plan.batch_size, plan.per_class):
         raise ValueError(f"expected a batch_size that is per_class images of each of two or more classes, "
                          f"got batch_size {plan.batch_size} and per_class {plan.per_class}")
     if plan.per_class and not hasattr(images, "targets"):

@@ -21,12 +21,13 @@ from torch.utils.data import Dataset
 
 from ..data import ImageData, ImageSet, hold_out_classes, load_data, test_rows, test_sets
 from ..evaluation import check_answers, retrieval_metrics
-from ..experiment import Experiment, identity, numbers, parameters
+from ..experiment import Experiment, identity, numbers, parameters, user_path
 from ..files import write_atomically
 from ..loss import LOSSES, Diverged, build_loss, lr_factor, move_proxies, per_class, place_proxies
 from ..model import EmbeddingModel, check_image_size, embed, load_model, save_model
 from ..processes import joined, once, world
 from ..retrieval import build_database
+from .batches import fills
 from .checkpoints import read_history
 from .devices import be_deterministic, pick_device, set_precision
 from .launch import launch
@@ -177,7 +178,7 @@ def _train(experiment: Experiment, folder: Path, device: torch.device, data: Ima
 def _check_batches(experiment: Experiment):
     "Raises ValueError on options of the loss, and where the images of a class that it needs do not fill a batch."
     count, size = per_class(experiment.loss, experiment.loss_options), experiment.batch_size
-    if count and (size % count or size < 2 * count):
+    if count and not fills(size, count):
         raise ValueError(f"expected a batch_size of {count} images of each of two or more classes, which "
                          f"{experiment.loss} needs, such as {max(2, size // count) * count}, got {size}: "
                          "per_class among the loss_options is another number of images")
@@ -203,7 +204,7 @@ def _check(experiment: Experiment, device: torch.device):
 # %% ../../nbs/training/protocol.ipynb #0a48ab44
 def _check_weights(experiment: Experiment):
     words = parameters(Experiment)["weights"].words
-    if experiment.weights not in words and not Path(experiment.weights).expanduser().is_file():
+    if experiment.weights not in words and not user_path(experiment.weights).is_file():
         raise ValueError(f"expected weights to be one of {', '.join(words)} or the path of a file, "
                          f"got {experiment.weights!r}, and there is no such file")
 
