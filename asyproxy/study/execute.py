@@ -20,6 +20,8 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from papermill import PapermillExecutionError, execute_notebook
 
+from .kernel import Kernel
+
 # %% ../../nbs/study/execute.ipynb #be3a882b
 _STARTED = []  # kernels of this process
 
@@ -37,7 +39,8 @@ class _ThisPython(AsyncKernelManager):
 
     @property
     def kernel_spec(self) -> KernelSpec:
-        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        kernel = f"--IPKernelApp.kernel_class={Kernel.__module__}.{Kernel.__name__}"
+        command = [sys.executable, "-m", "ipykernel_launcher", kernel, "-f", "{connection_file}"]
         return KernelSpec(argv=command, display_name="Python", language="python")
 
 # %% ../../nbs/study/execute.ipynb #6d421585
