@@ -111,8 +111,7 @@ class TrainingSpeed(Checked):
 # %% ../../nbs/study/parameters.ipynb #116edc09
 @dataclass(frozen=True)
 class Report(Checked):
-    "Every table and figure from the records."
-    data_name: str = same(Experiment, "data_name")
+    "Every table and figure from the records, of all data sets: it takes nothing."
 
 
 STUDIES = {
