@@ -130,8 +130,8 @@ def outlook(
     workers = batch.executor.slots if math.isfinite(batch.executor.slots) else 1
     later = f", {total - len(batch.tasks)} follow from a search" if total > len(batch.tasks) else ""
     at_once = f"{workers} at a time" if workers > 1 else "one after the other"
-    numbers = f"{total} runs, {complete} complete, {len(tasks)} as above{later}"
-    return [*map(_prospect, tasks), f"{batch.plan.name}: {numbers}", f"{in_short(*cost, workers)}, {at_once}"]
+    numbers = f"{total} runs, {complete} complete, {len(tasks)} as above{later}, {at_once}"
+    return [*map(_prospect, tasks), f"{batch.plan.name}: {numbers}", in_short(*cost, workers)]
 
 # %% ../../nbs/study/board.ipynb #e53dd5f0
 def _redraw(stream: TextIO, old: list[str], lines: list[str]) -> list[str]:

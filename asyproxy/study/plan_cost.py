@@ -142,6 +142,8 @@ def in_short(
     workers: float = 1,  # runs at the same time
 ) -> str:
     "Such as `about 2.1 h and 3.0 GB, without the time of 4 runs, as no run like them has ended`."
+    if time.unknown and not time.known and not room.known:
+        return "how long and how large is not known, as no run like them has ended here"
     said = f"about {of_time(time.known / workers)} and {_of_room(room.known)}"
     unknown = [f"the {name} of {one.unknown} runs" for name, one in (("time", time), ("size", room)) if one.unknown]
     return said + (f", without {' and '.join(unknown)}, as no run like them has ended here" if unknown else "")
