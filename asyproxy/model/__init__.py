@@ -7,10 +7,10 @@ __all__ = ['BACKBONES', 'Backbone', 'GlobalMaxPool', 'EmbeddingModel', 'check_im
            'load_model', 'save_model', 'timm_names']
 
 # %% ../../nbs/model/index.ipynb #c5adecbf
-from .backbones import BACKBONES, describe_backbone
+from .backbones import BACKBONES, check_image_size, describe_backbone
 from .entry import Backbone, GlobalMaxPool
 from .embedding import EmbeddingModel, embed, load_model, save_model
-from .timm_models import check_image_size, timm_names
+from .timm_models import timm_names
 
 _all_ = ["BACKBONES", "Backbone", "GlobalMaxPool", "EmbeddingModel", "check_image_size", "describe_backbone", "embed",
          "load_model", "save_model", "timm_names"]

@@ -24,6 +24,7 @@ class Backbone:
     std: tuple = (0.229, 0.224, 0.225)  # likewise
     bgr: bool = False  # channels in the order blue, green, red
     layer_norm: bool = True  # of the pooled features, in front of the projection
+    image_size: int = 224  # side of the images that its ImageNet weights were trained on, in pixels
     convert: Callable[[nn.Module, dict], dict] | None = None  # tensors of a local file, from other names to its own
 
 # %% ../../nbs/model/entry.ipynb #c13d9d86
