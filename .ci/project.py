@@ -21,9 +21,9 @@ def studies() -> list[Path]:
     return sorted((ROOT / "nbs" / "studies").glob("*.ipynb"))
 
 
-def readme() -> str:
-    "README.md, from nbs/index.ipynb and its outputs: `#| hide` leaves a cell out, `#| echo: false` its source."
-    notebook = nbformat.read(ROOT / "nbs" / "index.ipynb", 4)
+def readme(path: Path = ROOT / "nbs" / "index.ipynb") -> str:
+    "README.md, from the outputs of an index: `#| hide` leaves a cell out, `#| echo: false` its source."
+    notebook = nbformat.read(path, 4)
     notebook.cells = [cell for cell in notebook.cells if "#| hide" not in cell.source]
     for cell in notebook.cells:
         if "#| echo: false" in cell.source:
