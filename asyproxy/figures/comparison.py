@@ -30,32 +30,57 @@ def _stretches(kept: pd.DataFrame, lost: pd.DataFrame, x: str) -> list[pd.DataFr
     gaps = sorted(set(lost[x]) - set(kept[x]))
     return [rows for _, rows in kept.groupby(np.searchsorted(gaps, kept[x]))]
 
-# %% ../../nbs/figures/comparison.ipynb #75eb355e
-_MOST, _STEP = {"x": 4, "y": 3}, {"x": 0.085, "y": 0.12}  # crosses at a place; fraction of the panel that each takes
+# %% ../../nbs/figures/comparison.ipynb #5cb72997
+def _percent(value: float) -> str:
+    "A lost run in figures."
+    return "NaN" if np.isnan(value) else f"{value:.1f}"
 
 
-def _stacked(lost: pd.DataFrame, place: str, most: int) -> Iterator[tuple[float, int, str, str]]:
+def _stacked(lost: pd.DataFrame, place: str, most: int = 4) -> Iterator[tuple[float, int, str, str]]:
     "Where a cross stands, at which level, its text and its colour."
     for where, rows in lost.groupby(place):
-        texts = ["NaN" if np.isnan(value) else f"{value:.1f}" for value in rows["percent"]]
+        texts = list(map(_percent, rows["percent"]))
         if len(rows) > most:
             texts[most - 1:] = [f"+{len(rows) - most + 1}"]
         yield from ((where, level, text, color) for level, (text, color) in enumerate(zip(texts, rows["color"])))
 
-# %% ../../nbs/figures/comparison.ipynb #8bc267b7
-def _mark_lost(ax: plt.Axes, lost: pd.DataFrame, kept: pd.DataFrame, place: str, axis: str = "x") -> list[tuple]:
-    "Crosses at the edge of a panel. Returns the fraction taken at each place and the lowest value there."
-    taken, step = {}, _STEP[axis]
-    transform = ax.get_xaxis_transform() if axis == "x" else ax.get_yaxis_transform()
-    for where, level, text, color in _stacked(lost, place, _MOST[axis]):
-        at = (level + 0.5) * step if axis == "x" else level * step + 0.03
-        point = (where, at) if axis == "x" else (at, where)
-        ax.plot(*point, "x", color=color, ms=3.5, mew=1, transform=transform, clip_on=False, zorder=5)
+# %% ../../nbs/figures/comparison.ipynb #c8b66ff4
+def _listed(values: pd.Series) -> str:
+    "The percentages of the lost runs of a row in a few characters."
+    texts, known = sorted(map(_percent, values), key=len), values.dropna()
+    if len(values) > 2 and len(known) > 1:
+        texts = [f"{known.min():.1f} to {known.max():.1f}", *(["NaN"] if len(known) < len(values) else [])]
+    return ", ".join(texts) if len(texts) < 3 else f"{len(texts)} runs"
+
+# %% ../../nbs/figures/comparison.ipynb #12ab4418
+def _cross(ax: plt.Axes, point: tuple[float, float], transform, color: str, text: str = ""):
+    "A cross at the edge of a panel, and what stands beside it."
+    ax.plot(*point, "x", color=color, ms=3.5, mew=1, transform=transform, clip_on=False, zorder=5)
+    if text:
         ax.annotate(text, point, xycoords=transform, xytext=(3, 0), textcoords="offset points", va="center",
                     fontsize=5.5, zorder=5)
-        taken[where] = (level + 1) * step + 0.03
+
+
+def _mark_below(ax: plt.Axes, lost: pd.DataFrame, kept: pd.DataFrame, place: str) -> list[tuple[float, float]]:
+    "Crosses at the lower edge. Returns the fraction taken at each place and the lowest value there."
+    taken, transform = {}, ax.get_xaxis_transform()
+    for where, level, text, color in _stacked(lost, place):
+        _cross(ax, (where, 0.0425 + 0.085 * level), transform, color, text)
+        taken[where] = 0.115 + 0.085 * level
     lowest = kept.groupby(place)["percent"].min()
-    return [(fraction, lowest.get(where, 100)) for where, fraction in taken.items()]
+    return [(fraction, lowest[where]) for where, fraction in taken.items() if where in lowest]
+
+
+def _mark_left(ax: plt.Axes, lost: pd.DataFrame, lowest: float) -> list[tuple[float, float]]:
+    "Crosses at the left edge. Returns the fraction taken in each row and the lowest value of the panel."
+    needs, transform = [], ax.get_yaxis_transform()
+    for row, rows in lost.groupby("row"):
+        places = 0.03 + 0.03 * np.arange(min(5, len(rows)))
+        text = _listed(rows["percent"])
+        for place in places:
+            _cross(ax, (place, row), transform, rows["color"].iloc[0], text if place == places[-1] else "")
+        needs.append((places[-1] + 0.05 + 0.014 * len(text), lowest))
+    return needs
 
 # %% ../../nbs/figures/comparison.ipynb #0f1f49e6
 def _make_room(ax: plt.Axes, needs: list[tuple[float, float]], empty: bool, axis: str = "y"):
@@ -113,7 +138,7 @@ def _dimension_looks(dimensions: list[int]) -> dict[str, dict]:  # source -> dim
     return {name: dict(zip(dimensions, looks.values()))
             for name, looks in (("published", published), ("measured", measured))}
 
-# %% ../../nbs/figures/comparison.ipynb #dc387056
+# %% ../../nbs/figures/comparison.ipynb #cf684f96
 def _draw_momenta(ax: plt.Axes, runs: pd.DataFrame, looks: dict) -> list[tuple]:
     "The lines of a panel, then its crosses. Returns the room that these need."
     crosses = []
@@ -123,7 +148,7 @@ def _draw_momenta(ax: plt.Axes, runs: pd.DataFrame, looks: dict) -> list[tuple]:
             for stretch in _stretches(kept, lost, "step"):
                 curve(ax, stretch, "step", "percent", (0, 100), **style)
             crosses.append(lost.assign(color=style["color"]))
-    return _mark_lost(ax, pd.concat(crosses), _divided(runs)[0], "step")
+    return _mark_below(ax, pd.concat(crosses), _divided(runs)[0], "step")
 
 
 def _momentum_ticks(ax: plt.Axes, momenta: list[float]):
@@ -205,7 +230,7 @@ def _group_styles(groups: list[tuple[str, str]]) -> dict:  # (loss, settings) ->
     return {group: {"color": one["color"], "marker": one["marker"], "mec": one["color"]}
             for group, one in zip(groups, group_looks([loss for loss, _ in groups]))}
 
-# %% ../../nbs/figures/comparison.ipynb #896ecae6
+# %% ../../nbs/figures/comparison.ipynb #bb0c6f0c
 def _draw_bytes(ax: plt.Axes, runs: pd.DataFrame, measure: str, styles: dict):
     "The lines of a panel and its crosses."
     crosses = []
@@ -215,7 +240,7 @@ def _draw_bytes(ax: plt.Axes, runs: pd.DataFrame, measure: str, styles: dict):
             curve(ax, stretch, "bytes", "percent", (0, 100), ms=4, mew=0.9, lw=1.1, **styles[group], **_CODES[code])
         crosses.append(lost.assign(color=styles[group]["color"]))
     kept, lost = _divided(runs, measure)[0], pd.concat(crosses)
-    _make_room(ax, _mark_lost(ax, lost, kept, "bytes"), not len(kept))
+    _make_room(ax, _mark_below(ax, lost, kept, "bytes"), not len(kept))
 
 # %% ../../nbs/figures/comparison.ipynb #f549179a
 def _apart(values: pd.Series, span: float) -> list[float]:
@@ -319,47 +344,44 @@ def recall_over_bytes(
     place_legend(figure, handles, labels, loc="outside upper center", ncols=3, fontsize=7)
     return figure
 
-# %% ../../nbs/figures/comparison.ipynb #937adb5e
+# %% ../../nbs/figures/comparison.ipynb #2a47b3d3
 def _draw_mean(ax: plt.Axes, values: pd.Series, row: int, style: dict):
     "The mean of a row with its interval, and its runs below."
     low, high = np.clip(t_interval(values), 0, 100)
     ax.plot(values, [row + 0.25] * len(values), ".", color=style["color"], ms=3.5, mew=0)
     if np.isfinite(low):
         ax.plot([low, high], [row, row], color=style["color"], lw=1.6, solid_capstyle="butt")
-    ax.plot(values.mean(), row, ms=4.5, mfc="white", mew=1, zorder=4, **style)
+    ax.plot(values.mean(), row, ms=3.5, mfc="white", mew=0.9, zorder=4, **style)
 
-
-def _draw_rows(ax: plt.Axes, runs: pd.DataFrame, measure: str, styles: dict):
-    "A panel: means and runs, then the crosses of the lost ones."
-    kept, lost = _divided(runs, measure)
-    for row, style in enumerate(styles.values()):
-        values = kept.loc[kept["row"] == row, "percent"]
-        if len(values):
-            _draw_mean(ax, values, row, style)
-    colours = [style["color"] for style in styles.values()]
-    needs = _mark_lost(ax, lost.assign(color=lost["row"].map(colours.__getitem__)), kept, "row", axis="y")
-    return needs, not len(kept)
-
-# %% ../../nbs/figures/comparison.ipynb #6d9c1ac1
+# %% ../../nbs/figures/comparison.ipynb #04ef4e4b
 def _draw_comparison(ax: plt.Axes, runs: pd.DataFrame, before: pd.DataFrame, measure: str, styles: dict):
-    "A panel with its line of before training."
-    needs, empty = _draw_rows(ax, runs, measure, styles)
-    known = before[before[measure].notna()]
-    for _, rows in known.groupby("settings"):
-        ax.axvline(100 * rows[measure].mean(), color="black", ls="--", lw=0.8, zorder=1)
-        needs = [*needs, *((fraction, 100 * rows[measure].mean()) for fraction, _ in needs)]
-    _make_room(ax, needs, empty and not len(known), axis="x")
-    ax.set(xlabel=MEASURES[measure], ylim=(len(styles) - 0.4, -0.6))
+    "A panel: means and runs, lines of before training, crosses of the lost runs."
+    (kept, lost), known = _divided(runs, measure), 100 * before[measure].astype(float)
+    colours = [style["color"] for style in styles.values()]
+    for row, style in enumerate(styles.values()):
+        if (kept["row"] == row).any():
+            _draw_mean(ax, kept.loc[kept["row"] == row, "percent"], row, style)
+    known = known.groupby(before["settings"]).mean().dropna()
+    for value in known:
+        ax.axvline(value, color="black", ls="--", lw=0.8, zorder=1)
+    values = [*kept["percent"], *known]
+    needs = _mark_left(ax, lost.assign(color=lost["row"].map(colours.__getitem__)), min(values, default=0))
+    _make_room(ax, needs if values else [], not values, axis="x")
+
+
+def _finish_comparison(ax: plt.Axes, label: str, rows: int):
+    "The axis of a panel and the lines between its rows."
+    ax.set(xlabel=label, ylim=(rows - 0.4, -0.6))
     ax.minorticks_off()
     ax.tick_params(axis="y", length=0)
-    ax.hlines(np.arange(1, len(styles)) - 0.4, 0, 1, color="0.88", lw=0.5, transform=ax.get_yaxis_transform(), zorder=0)
+    ax.hlines(np.arange(1, rows) - 0.4, 0, 1, color="0.88", lw=0.5, transform=ax.get_yaxis_transform(), zorder=0)
 
-# %% ../../nbs/figures/comparison.ipynb #17c5448d
+# %% ../../nbs/figures/comparison.ipynb #04f034d4
 def _comparison_legend(several: bool, before: bool, lost: bool) -> tuple[list, list[str]]:
     "What dots, bars and lines are."
     black = {"color": "black", "marker": "o"}
     handles, labels = [Line2D([], [], ls="", ms=2, **black)], ["a run"]
-    handles.append(Line2D([], [], ms=4.5, mfc="white", lw=1.6, **black))
+    handles.append(Line2D([], [], ms=3.5, mfc="white", mew=0.9, lw=1.6, **black))
     labels.append("mean, 95 % interval" if several else "mean")
     if before:
         handles.append(Line2D([], [], color="black", ls="--", lw=0.8))
@@ -382,8 +404,9 @@ def loss_comparison(
     height = max(0.24, *(0.06 + 0.13 * (label.count("\n") + 1) for label in labels)) * len(labels)
     figure, axes = plt.subplots(1, len(measures), figsize=(1.9 + 2.1 * len(measures), 0.8 + height), sharey=True,
                                 squeeze=False, layout="constrained")
-    for ax, measure in zip(axes[0], measures):
+    for ax, (measure, label) in zip(axes[0], measures.items()):
         _draw_comparison(ax, runs, before, measure, styles)
+        _finish_comparison(ax, label, len(labels))
     axes[0, 0].set_yticks(range(len(labels)), labels, fontsize=7)
     shown = _comparison_legend(runs.groupby("row").size().max() > 1, len(before) > 0, len(_divided(runs)[1]) > 0)
     place_legend(figure, *shown, loc="outside upper center", ncols=4, fontsize=7)
