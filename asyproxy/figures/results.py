@@ -6,8 +6,8 @@
 __all__ = ['FEW', 't_interval', 'curve', 'group_label', 'ticks', 'sweep', 'sweep_grid', 'label_grid', 'training_curves',
            'recall_bars', 'scaling']
 
-# %% ../../nbs/figures/results.ipynb #f722604c
-from collections.abc import Iterable, Mapping
+# %% ../../nbs/figures/results.ipynb #b31e76c7
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
 import matplotlib.pyplot as plt
@@ -28,7 +28,12 @@ def t_interval(
     mean, half = np.mean(values), half_width(values)
     return mean - half, mean + half
 
-# %% ../../nbs/figures/results.ipynb #9934cb3c
+# %% ../../nbs/figures/results.ipynb #23377cf4
+def _interval(within: tuple[float, float]) -> Callable[[np.ndarray], tuple]:
+    "What is drawn of an interval."
+    return lambda values: tuple(np.clip(t_interval(values), *within))
+
+
 def curve(
     ax: plt.Axes,  # to draw on
     runs: pd.DataFrame,  # rows with the columns x and y
@@ -39,10 +44,7 @@ def curve(
     **style,  # arguments of matplotlib's plot
 ):
     "A line through the means, with the interval over rows of the same x."
-    def drawn_interval(values):
-        return tuple(np.clip(t_interval(values), *within))
-
-    sns.lineplot(data=runs, x=x, y=y, ax=ax, errorbar=drawn_interval if shaded else None, **style)
+    sns.lineplot(data=runs, x=x, y=y, ax=ax, errorbar=_interval(within) if shaded else None, **style)
     ax.set(xlabel="", ylabel="")
 
 # %% ../../nbs/figures/results.ipynb #8e9e0e1d
@@ -249,7 +251,7 @@ def _grouped(runs: pd.DataFrame, column: str) -> tuple[pd.DataFrame, list[tuple]
     groups = list(dict.fromkeys(keys))
     return rows.assign(group=[groups.index(key) for key in keys]), groups
 
-# %% ../../nbs/figures/results.ipynb #62271f68
+# %% ../../nbs/figures/results.ipynb #d5dd6a40
 def _style_bars(ax: plt.Axes, looks: list[dict]):
     "Hatches on the bars, which seaborn draws one group after the other."
     for container, style in zip(ax.containers, looks):
@@ -262,7 +264,8 @@ def _mark_failed(ax: plt.Axes, rows: pd.DataFrame, codes: list[str]):
     width = 0.8 / (rows["group"].max() + 1)
     for row in rows[rows["percent"].isna()].itertuples():
         place = codes.index(row.code) - 0.4 + (row.group + 0.5) * width
-        ax.plot(place, 0.03, "x", color="black", ms=5, transform=ax.get_xaxis_transform(), zorder=5)
+        ax.plot(place, 0.04, "X", color="black", mec="white", ms=6, mew=0.6, zorder=5,
+                transform=ax.get_xaxis_transform())
 
 
 def _draw_bars(ax: plt.Axes, rows: pd.DataFrame, looks: list[dict]):
@@ -271,7 +274,7 @@ def _draw_bars(ax: plt.Axes, rows: pd.DataFrame, looks: list[dict]):
     shared = {"data": rows, "x": "code", "y": "percent", "hue": "group", "order": codes, "ax": ax, "legend": False}
     shared["hue_order"] = range(len(looks))
     bar = {"edgecolor": "black", "lw": 0.6, "alpha": 0.85, "gap": 0.1, "err_kws": {"lw": 0.9, "color": "black"}}
-    sns.barplot(**shared, **bar, palette=[style["color"] for style in looks], saturation=1, errorbar=t_interval)
+    sns.barplot(**shared, **bar, palette=[style["color"] for style in looks], saturation=1, errorbar=_interval((0, 100)))
     _style_bars(ax, looks)
     _mark_failed(ax, rows, codes)
     dot = {"size": 3, "edgecolor": "black", "linewidth": 0.6, "zorder": 4}
