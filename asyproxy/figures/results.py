@@ -274,7 +274,8 @@ def _draw_bars(ax: plt.Axes, rows: pd.DataFrame, looks: list[dict]):
     shared = {"data": rows, "x": "code", "y": "percent", "hue": "group", "order": codes, "ax": ax, "legend": False}
     shared["hue_order"] = range(len(looks))
     bar = {"edgecolor": "black", "lw": 0.6, "alpha": 0.85, "gap": 0.1, "err_kws": {"lw": 0.9, "color": "black"}}
-    sns.barplot(**shared, **bar, palette=[style["color"] for style in looks], saturation=1, errorbar=_interval((0, 100)))
+    colours = [style["color"] for style in looks]
+    sns.barplot(**shared, **bar, palette=colours, saturation=1, errorbar=_interval((0, 100)))
     _style_bars(ax, looks)
     _mark_failed(ax, rows, codes)
     dot = {"size": 3, "edgecolor": "black", "linewidth": 0.6, "zorder": 4}
