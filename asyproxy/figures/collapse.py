@@ -14,15 +14,18 @@ from matplotlib.lines import Line2D
 from .results import curve
 from .style import clipped, look, place_legend
 
-# %% ../../nbs/figures/collapse.ipynb #c18cd52f
+# %% ../../nbs/figures/collapse.ipynb #79050eed
 def _draw_rate(ax: plt.Axes, runs: pd.DataFrame, style: dict):
     "The runs of one learning rate, recall in percent."
-    runs = runs.sort_values("momentum").assign(percent=100 * runs["recall"].fillna(0))
-    curve(ax, runs, "momentum", "percent", ms=4, **style)
+    runs = runs.sort_values("momentum").assign(percent=100 * runs["recall"].astype(float))
+    curve(ax, runs, "momentum", "percent", (0, 100), ms=4, **style)
+    for place in runs.loc[runs["percent"].isna(), "momentum"]:
+        ax.plot(place, 0, "X", color=style["color"], ms=7, mec="white", mew=0.5, transform=ax.get_xaxis_transform(),
+                clip_on=False, zorder=5)
     flagged = runs[runs["flagged"].to_numpy(bool)]
     ax.plot(flagged["momentum"], flagged["percent"], "x", color="black", ms=7, zorder=4)
 
-# %% ../../nbs/figures/collapse.ipynb #a06812c4
+# %% ../../nbs/figures/collapse.ipynb #92d16757
 def collapse_grid(
     runs: pd.DataFrame,  # one row a run: momentum, lr, recall (in [0, 1]; NaN: it diverged) and flagged
     before: float,  # recall of the features before training, in [0, 1]
@@ -39,9 +42,13 @@ def collapse_grid(
     ax.set_xscale("log" if runs["momentum"].min() > 0 else "linear")  # 0 has no place on a logarithmic axis
     ax.set_xticks(sorted(runs["momentum"].unique()), [f"{value:g}" for value in sorted(runs["momentum"].unique())])
     ax.minorticks_off()
-    cross = Line2D([], [], ls="", marker="x", color="black", ms=7)
     handles = [Line2D([], [], ms=4, **style) for style in looks.values()]
-    place_legend(ax, [*handles, cross], [*(f"lr {lr:g}" for lr in looks), "signs of a collapse"], fontsize=7)
+    handles.append(Line2D([], [], ls="", marker="x", color="black", ms=7))
+    labels = [*(f"lr {lr:g}" for lr in looks), "signs of a collapse"]
+    if runs["recall"].isna().any():
+        handles.append(Line2D([], [], ls="", marker="X", color="0.5", ms=7, mec="white", mew=0.5))
+        labels.append("diverged, no recall")
+    place_legend(ax, handles, labels, fontsize=7)
     return figure
 
 # %% ../../nbs/figures/collapse.ipynb #d40d5ef3

@@ -7,7 +7,7 @@ __all__ = ['COLOURS', 'MARKERS', 'LINES', 'HATCHES', 'NAMES', 'LOSSES', 'FALLBAC
            'in_order', 'shade', 'group_looks', 'font_family', 'without_glyph', 'plain', 'place_legend', 'legend_height',
            'wrapped', 'clipped', 'missing_characters', 'use_style', 'save_figure']
 
-# %% ../../nbs/figures/style.ipynb #4bcd8da8
+# %% ../../nbs/figures/style.ipynb #0a5e0aa0
 import colorsys
 import functools
 import re
@@ -29,11 +29,12 @@ from matplotlib.text import Text
 from ..files import write_atomically
 from ..text import code, shortened, spelled, text_width
 
-# %% ../../nbs/figures/style.ipynb #fd2490b1
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442", "#999999", "#7F3C8D")
-MARKERS = "osD^vP*X<>"
+# %% ../../nbs/figures/style.ipynb #21dfafdb
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#B8A600", "#999999", "#7F3C8D",
+           "#8C2D04")
+MARKERS = "osD^vP*X<>p"
 LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (3, 1, 1, 1)))
-HATCHES = ("", "///", "...", "xx", "--", "++", "oo", "||", "**", "/.")
+HATCHES = ("", "///", "...", "xx", "--", "++", "oo", "||", "**", "/.", "-/")
 
 
 def colour(
@@ -167,7 +168,7 @@ def legend_height(
     lines = [sum(label.count("\n") + 1 for label in column) for column in np.array_split(labels, columns)]
     return 0.16 * max(lines)
 
-# %% ../../nbs/figures/style.ipynb #a4c0b183
+# %% ../../nbs/figures/style.ipynb #11f7e5fb
 def wrapped(
     text: str,  # of a user
     width: int,  # of a line, in Latin characters
@@ -211,7 +212,7 @@ def missing_characters(
     text = " ".join(text.get_text() for text in _texts(figure))
     return "".join(sorted(without_glyph(text + "".join(chr(int(code, 16)) for code in _CODE.findall(text)))))
 
-# %% ../../nbs/figures/style.ipynb #387be668
+# %% ../../nbs/figures/style.ipynb #1ea8679e
 _SETTINGS = {"mathtext.fontset": "stix", "font.size": 9, "figure.dpi": 110, "savefig.bbox": "tight", "pdf.fonttype": 42,
              "svg.hashsalt": "asyproxy", "axes.prop_cycle": plt.cycler(color=COLOURS)}
 
