@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'NAMES', 'circles', 'collapse_grid', 'contact_sheet', 'geometry_curves', 'loss_comparison', 'loss_name',
-           'method_schematic', 'momentum_grid', 'proxy_paths', 'recall_bars', 'recall_over_bytes', 'retrieval_gallery',
-           'save_figure', 'save_film', 'scaling', 'sweep', 'sweep_grid', 'training_curves', 'unit_circle', 'use_style']
+           'method_schematic', 'momentum_grid', 'proxy_paths', 'recall_over_bytes', 'retrieval_gallery', 'save_figure',
+           'save_film', 'scaling', 'sweep', 'training_curves', 'unit_circle', 'use_style']
 
 # %% ../../nbs/figures/index.ipynb #c2ec7259
 from .circle import circles, proxy_paths, save_film, unit_circle
 from .collapse import collapse_grid, geometry_curves
 from .comparison import loss_comparison, momentum_grid, recall_over_bytes
 from .pictures import contact_sheet, retrieval_gallery
-from .results import recall_bars, scaling, sweep, sweep_grid, training_curves
+from .results import scaling, sweep, training_curves
 from .schematic import method_schematic
 from .style import LOSSES, NAMES, loss_name, save_figure, use_style
 
 _all_ = ["LOSSES", "NAMES", "circles", "collapse_grid", "contact_sheet", "geometry_curves", "loss_comparison",
-         "loss_name", "method_schematic", "momentum_grid", "proxy_paths", "recall_bars", "recall_over_bytes",
-         "retrieval_gallery", "save_figure", "save_film", "scaling", "sweep", "sweep_grid", "training_curves",
+         "loss_name", "method_schematic", "momentum_grid", "proxy_paths", "recall_over_bytes",
+         "retrieval_gallery", "save_figure", "save_film", "scaling", "sweep", "training_curves",
          "unit_circle", "use_style"]

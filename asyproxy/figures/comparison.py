@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
 
-from .results import curve, group_label, label_grid, t_interval, ticks
+from .results import curve, group_label, t_interval, ticks
 from .style import clipped, colour, group_looks, in_order, legend_height, look, place_legend, shade
 
 # %% ../../nbs/figures/comparison.ipynb #26e98a23
@@ -97,7 +97,7 @@ def _make_room(ax: plt.Axes, needs: list[tuple[float, float]], empty: bool, axis
 def _explained(handles: list, labels: list[str], lost: bool) -> tuple[list, list[str]]:
     "Handles and labels of a legend, with those of crosses where there are any."
     cross = Line2D([], [], ls="", marker="x", color="black", ms=3.5, mew=1)
-    return ([*handles, cross], [*labels, "collapsed or failed (its %)"]) if lost else (handles, labels)
+    return ([*handles, cross], [*labels, "collapsed or failed: its %, in no mean"]) if lost else (handles, labels)
 
 # %% ../../nbs/figures/comparison.ipynb #6b03082c
 COLLAPSED_BELOW = 0.10  # Recall@1 of a published run, in [0, 1]: nothing lies between 6.8 and 47.1 %
@@ -193,6 +193,22 @@ def _momentum_legend(runs: pd.DataFrame, looks: dict) -> tuple[list, list[str]]:
     handles.append(Line2D([], [], color="black", lw=1.2, marker="o", ms=3.5, **blank))
     return _explained(handles, labels, len(_divided(runs)[1]) > 0)
 
+# %% ../../nbs/figures/comparison.ipynb #487a7a50
+def _label_grid(
+    axes: np.ndarray,  # (rows, columns) of panels
+    names: dict[str, list],  # "row" and "column" -> the values of rows and columns, in order
+    x: str,  # below the figure
+    y: str,  # at its left
+):
+    "Titles of rows and columns, with the values as they are."
+    for ax, name in zip(axes[0], names["column"]):
+        ax.set_title(clipped(name, 18, lines=2), fontsize=9)
+    for line, name in zip(axes, names["row"]):
+        where = {"xy": (1.03, 0.5), "xycoords": "axes fraction", "rotation": 270, "va": "center", "fontsize": 9}
+        line[-1].annotate(clipped(name, 18, lines=2), **where)
+    axes[0, 0].figure.supxlabel(x, fontsize=9)
+    axes[0, 0].figure.supylabel(y, fontsize=9)
+
 # %% ../../nbs/figures/comparison.ipynb #380b6c4a
 def momentum_grid(
     published: pd.DataFrame,  # a row a run: data_name, backbone_type, feature_dim, momentum, recall@1 in [0, 1]
@@ -206,7 +222,7 @@ def momentum_grid(
     size = (max(4.4, 0.7 + 1.65 * shape[1]), 0.7 + 1.3 * shape[0] + legend_height(labels, 3))
     figure, axes = plt.subplots(*shape, figsize=size, sharex=True, sharey="col", squeeze=False, layout="constrained")
     _momentum_panels(axes, runs, looks, names["step"])
-    label_grid(axes, names, "momentum", "Recall@1 (%)")
+    _label_grid(axes, names, "momentum", "Recall@1 (%)")
     place_legend(figure, handles, labels, loc="outside upper center", ncols=3, fontsize=7)
     return figure
 
@@ -345,10 +361,12 @@ def recall_over_bytes(
     return figure
 
 # %% ../../nbs/figures/comparison.ipynb #2a47b3d3
-def _draw_mean(ax: plt.Axes, values: pd.Series, row: int, style: dict):
-    "The mean of a row with its interval, and its runs below."
+def _draw_mean(ax: plt.Axes, runs: pd.DataFrame, row: int, style: dict):
+    "The mean of a row with its interval, and its runs below, those that collapsed as crosses."
+    values = runs["percent"]
     low, high = np.clip(t_interval(values), 0, 100)
-    ax.plot(values, [row + 0.25] * len(values), ".", color=style["color"], ms=3.5, mew=0)
+    for mark, some in ((".", values[~runs["fallen"]]), ("x", values[runs["fallen"]])):
+        ax.plot(some, [row + 0.25] * len(some), mark, color=style["color"], ms=3.5, mew=0.9 if mark == "x" else 0)
     if np.isfinite(low):
         ax.plot([low, high], [row, row], color=style["color"], lw=1.6, solid_capstyle="butt")
     ax.plot(values.mean(), row, ms=3.5, mfc="white", mew=0.9, zorder=4, **style)
@@ -360,7 +378,7 @@ def _draw_comparison(ax: plt.Axes, runs: pd.DataFrame, before: pd.DataFrame, mea
     colours = [style["color"] for style in styles.values()]
     for row, style in enumerate(styles.values()):
         if (kept["row"] == row).any():
-            _draw_mean(ax, kept.loc[kept["row"] == row, "percent"], row, style)
+            _draw_mean(ax, kept[kept["row"] == row], row, style)
     known = known.groupby(before["settings"]).mean().dropna()
     for value in known:
         ax.axvline(value, color="black", ls="--", lw=0.8, zorder=1)
@@ -377,7 +395,7 @@ def _finish_comparison(ax: plt.Axes, label: str, rows: int):
     ax.hlines(np.arange(1, rows) - 0.4, 0, 1, color="0.88", lw=0.5, transform=ax.get_yaxis_transform(), zorder=0)
 
 # %% ../../nbs/figures/comparison.ipynb #04f034d4
-def _comparison_legend(several: bool, before: bool, lost: bool) -> tuple[list, list[str]]:
+def _comparison_legend(several: bool, before: bool, crosses: bool) -> tuple[list, list[str]]:
     "What dots, bars and lines are."
     black = {"color": "black", "marker": "o"}
     handles, labels = [Line2D([], [], ls="", ms=2, **black)], ["a run"]
@@ -386,7 +404,10 @@ def _comparison_legend(several: bool, before: bool, lost: bool) -> tuple[list, l
     if before:
         handles.append(Line2D([], [], color="black", ls="--", lw=0.8))
         labels.append("before training")
-    return _explained(handles, labels, lost)
+    if crosses:
+        handles.append(Line2D([], [], ls="", marker="x", color="black", ms=3.5, mew=0.9))
+        labels.append("a run that collapsed, or failed (NaN)")
+    return handles, labels
 
 
 def loss_comparison(
@@ -398,9 +419,11 @@ def loss_comparison(
     if before is None or before.all():
         raise ValueError("expected one run or more of a loss, got none")
     runs, before = runs[~before], runs[before]
+    fallen = runs["collapsed"].eq(True) if "collapsed" in runs else False
     styles, measures = _group_styles(list(zip(runs["loss"], runs["settings"]))), _measured(runs, tuple(MEASURES))
     rows = [list(styles).index(group) for group in zip(runs["loss"], runs["settings"])]
-    runs, labels = runs.assign(row=rows), [group_label(*group, width=44) for group in styles]
+    runs = runs.assign(row=rows, fallen=fallen, collapsed=False)
+    labels = [group_label(*group, width=44) for group in styles]
     height = max(0.24, *(0.06 + 0.13 * (label.count("\n") + 1) for label in labels)) * len(labels)
     figure, axes = plt.subplots(1, len(measures), figsize=(1.9 + 2.1 * len(measures), 0.8 + height), sharey=True,
                                 squeeze=False, layout="constrained")
@@ -408,6 +431,7 @@ def loss_comparison(
         _draw_comparison(ax, runs, before, measure, styles)
         _finish_comparison(ax, label, len(labels))
     axes[0, 0].set_yticks(range(len(labels)), labels, fontsize=7)
-    shown = _comparison_legend(runs.groupby("row").size().max() > 1, len(before) > 0, len(_divided(runs)[1]) > 0)
+    crosses = bool((runs["fallen"] | runs["recall@1"].isna()).any())
+    shown = _comparison_legend(runs.groupby("row").size().max() > 1, len(before) > 0, crosses)
     place_legend(figure, *shown, loc="outside upper center", ncols=4, fontsize=7)
     return figure

@@ -66,7 +66,7 @@ def _cells(data_name: str) -> list[tuple[str, int]]:
     "Code and K of each cell of a row."
     return list(product(CODES, map(int, PROTOCOL[data_name]["recalls"].split(","))))
 
-# %% ../../nbs/study/paper.ipynb #02ef6f20
+# %% ../../nbs/study/paper.ipynb #b7e245f2
 def _without_run(data_name: str, backbone_type: str) -> Iterator[dict]:
     "The cells of a backbone, each with the command that fills it."
     known = {"data_name": data_name, "backbone_type": backbone_type, "result": STAGES["selected"], "seeds": 0}
@@ -86,7 +86,7 @@ def paper_numbers(
         rows += [*_authors(data_name, backbone_type), *(measured or _without_run(data_name, backbone_type))]
     numbers = pd.DataFrame(rows, columns=_COLUMNS)
     words = ("settings", "command")
-    return numbers.fillna({"collapsed": 0, **dict.fromkeys(words, "")})
+    return numbers.fillna({"collapsed": 0, **dict.fromkeys(words, "")}).astype({"collapsed": int})
 
 # %% ../../nbs/study/paper.ipynb #477775a5
 def _cell(recall: float, half: float) -> str:
