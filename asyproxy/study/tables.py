@@ -16,7 +16,7 @@ from asyproxy.study.results import (
 )
 from ..uncertainty import half_width
 
-# %% ../../nbs/study/tables.ipynb #755c1fa4
+# %% ../../nbs/study/tables.ipynb #4fd78792
 def _percent(values: pd.Series) -> str:
     "Such as 52.0 ± 5.0; empty without a value."
     values = 100 * values.dropna()
@@ -29,7 +29,7 @@ def _measures(group: pd.DataFrame, metrics: list[str]) -> dict:
     texts = {}
     for code in CODES:
         for metric in metrics:
-            name = metric.replace("recall@", "R@").replace("map@r", "MAP@R")
+            name = metric.replace("recall@", "R@").replace("map@r", "MAP@R").replace("r_precision", "R-Precision")
             texts[f"{name} {code}"] = _percent(group.loc[group["code"] == code, metric])
     return texts
 
@@ -51,13 +51,14 @@ def _summary(rows: pd.DataFrame, columns: list[str], metrics: list[str]) -> pd.D
     table = pd.DataFrame([_summary_row(group, columns, metrics) for _, group in groups])
     return table.loc[:, (table != "").any()]
 
-# %% ../../nbs/study/tables.ipynb #75b31af0
+# %% ../../nbs/study/tables.ipynb #a6cb6336
 def summary_table(
     results: pd.DataFrame,  # of `results_table`, or some of its rows
 ) -> pd.DataFrame:  # text, in percent: one row for each stage of runs that differ by nothing but the seed
     "Mean and confidence interval over the seeds, dense and binary side by side."
     rows = labelled(compared(results))
-    return _summary(rows, [*SHORT, "loss"], [*recall_names(rows), "map@r"])
+    precisions = [name for name in ("map@r", "r_precision") if name in rows]
+    return _summary(rows, [*SHORT, "loss"], [*recall_names(rows), *precisions])
 
 # %% ../../nbs/study/tables.ipynb #c773b128
 def selected_runs(
