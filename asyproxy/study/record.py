@@ -240,7 +240,7 @@ def busy(
         lock.release()
     return False
 
-# %% ../../nbs/study/record.ipynb #2ad3f71e
+# %% ../../nbs/study/record.ipynb #80b49dd2
 def _seconds_before(folder: Path) -> float:
     "What processes that were killed have spent on the run."
     if not (folders := {path.parent for path in folder.rglob("checkpoint-*")}):
@@ -248,6 +248,19 @@ def _seconds_before(folder: Path) -> float:
     from asyproxy.training.checkpoints import seconds_spent
 
     return sum(map(seconds_spent, folders))
+
+
+def _before(folder: Path, record: Path) -> tuple[list | None, float]:
+    "History and seconds of what a run goes on with."
+    if not record.exists() or run_folder(folder) != folder:
+        return None, _seconds_before(folder)
+    old = read_record(record)
+    return old["history"], old["seconds"]
+
+# %% ../../nbs/study/record.ipynb #ec5cb903
+def _settle(folder: Path) -> Path:
+    "Models and logs take the place of those that were there."
+    return [settled(folder, pattern) for pattern in ("*.safetensors", "log.csv", "events.*")][0]
 
 
 def _tidy(folder: Path, models: bool):
@@ -269,7 +282,7 @@ def _to_draw(known: dict[str, Parameter], values: dict) -> dict | None:
         raise ValueError(f"expected the parameters of {record['run_id']}, which is to be drawn, got {', '.join(other)}")
     return record
 
-# %% ../../nbs/study/record.ipynb #a2c325c3
+# %% ../../nbs/study/record.ipynb #eddaefa0
 class Run:
     "A run from inside its notebook: checks the parameters, starts the clock, and writes the record."
 
@@ -301,10 +314,7 @@ class Run:
         self.id = run_id(self.study, self._known, self.parameters, fingerprint)
         self.folder, self.record = places(self.id, self.said)
         self._lock, self.started = owned(output_folder("runs", self.id), "notebook"), time.perf_counter()
-        self.seconds_before = _seconds_before(self.folder)
-        if self.record.exists() and run_folder(self.folder) == self.folder:
-            old = read_record(self.record)
-            self.history, self.seconds_before = old["history"], old["seconds"]
+        self.history, self.seconds_before = _before(self.folder, self.record)
 
     def finish(
         self,
@@ -316,9 +326,7 @@ class Run:
         seconds = round(self.seconds_before + time.perf_counter() - self.started, 1)
         text = record_text({"run_id": self.id, "study": self.study, "parameters": self.said, **results,
                             "environment": environment(), "seconds": seconds, "peak_memory_mb": peak_memory_mb()})
-        place = self.folder
-        for pattern in ("*.safetensors", "log.csv", "events.*"):
-            self.folder = settled(place, pattern)
+        self.folder = _settle(self.folder)
         with write_atomically(self.record) as temporary:
             temporary.write_text(text)
         _tidy(self.folder, self.parameters.get("with_test", True))
