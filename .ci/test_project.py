@@ -364,6 +364,21 @@ def test_benchmark_and_report(tmp_path):
     assert '"asymptotic"' not in results
 
 
+def test_records_draw_all_figures(tmp_path):
+    "Of a checkout without runs and images: the same bytes, but for films and galleries, which their runs draw."
+    shutil.copytree(ROOT / "figures" / "records", tmp_path / "figures" / "records")
+    call("asyproxy", "report", env=ENVIRONMENT | {"ASYPROXY_OUTPUT": str(tmp_path)})
+    ours, drawn = (
+        {path.relative_to(root / "figures"): path.read_bytes() for path in (root / "figures").glob("*/**/*")
+         if path.is_file() and path.suffix != ".gif" and path.relative_to(root / "figures").parts[0] not in (
+             "records", "benchmark")}
+        for root in (ROOT, tmp_path))
+    missing, more = sorted(map(str, ours.keys() - drawn.keys())), sorted(map(str, drawn.keys() - ours.keys()))
+    other = sorted(str(path) for path in ours.keys() & drawn.keys() if ours[path] != drawn[path])
+    assert not (missing or more or other), f"expected figures/ as drawn from figures/records by `asyproxy report`; " \
+        f"only in figures: {missing}, only drawn: {more}, different: {other}"
+
+
 OWN_FOLDER = """
 from pathlib import Path
 from PIL import Image

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main', 'console']
 
-# %% ../../nbs/study/command.ipynb #2b70a155
+# %% ../../nbs/study/command.ipynb #90f4cf36
 import argparse
 import math
 import shlex
@@ -14,8 +14,9 @@ import sys
 
 from ..experiment import Images, expectation, parameters
 from .environment import checkout, output_folder
-from .record import BUSY, Busy, read_records
-from .run import Killed, find_notebook, notebook_parameters, run
+from .record import BUSY, Busy, figures_folder, read_records
+from .run import Killed, draws_again, find_notebook, notebook_parameters, redraw, run
+from ..text import one_line
 
 # %% ../../nbs/study/command.ipynb #94b8d807
 def _add_run(commands):
@@ -39,7 +40,7 @@ def _list_parameters(notebook: str):
         said = ", ".join(text for text in (one.meaning, expectation(one, by_name=True)) if text)
         print(f"{name:20} {values[name]!s:12} {said}")
 
-# %% ../../nbs/study/command.ipynb #5dc2136d
+# %% ../../nbs/study/command.ipynb #4e644762
 def _add_prepare(commands, asked: bool):
     "The command `asyproxy prepare`; names and options in full if it is the one that is asked for."
     reader = commands.add_parser(
@@ -55,7 +56,7 @@ def _add_prepare(commands, asked: bool):
         if name != "data_name":
             reader.add_argument(f"--{name}", help=one.meaning, **how)
 
-# %% ../../nbs/study/command.ipynb #7278c16d
+# %% ../../nbs/study/command.ipynb #358924bc
 def _prepare(images: Images):
     "Prints what `load_data` found, and the command that goes on with it."
     from asyproxy.data.prepare import describe, load_data, make
@@ -195,23 +196,82 @@ def _clean(entries: list, what: list[str], sure: bool):
         remove(paths)
         print("removed")
 
-# %% ../../nbs/study/command.ipynb #d0469a04
-def _report():
-    "Runs the report, and prints the short table and where the figures are."
-    run("report")
-    folder = output_folder("figures")
-    print("\n" + (folder / "report" / "summary.md").read_text(encoding="utf-8") + "\nFigures (each as PDF and PNG):")
-    for path in sorted(folder.glob("*/*.png")) + sorted(folder.glob("*/*.gif")):
-        print(f"  {path.relative_to(folder.parent)}")
+# %% ../../nbs/study/command.ipynb #7149d010
+_NOT_ONE_BY_ONE = ("benchmark", "evaluate", "report")
 
-# %% ../../nbs/study/command.ipynb #f7aa95b8
+
+def _why_not(record: dict, newer: str) -> str:
+    "Why a record cannot be drawn by itself; empty if it can."
+    if record["run_id"] != newer:
+        return f"{newer} has the same parameters"
+    try:
+        path = find_notebook(record["study"])
+    except FileNotFoundError:
+        return f"there is no notebook {record['study']} here"
+    return "" if draws_again(path) else f"{path.name} measures while it draws"
+
+# %% ../../nbs/study/command.ipynb #1553daca
+def _drawable() -> list[dict]:
+    "The records that are drawn one by one; says which are not."
+    records, newest = [record for record in read_records() if record["study"] not in _NOT_ONE_BY_ONE], {}
+    places = [figures_folder(record["study"], record["run_id"], record["parameters"]) for record in records]
+    for place, record in sorted(zip(places, records), key=lambda both: both[1].get("format", 1)):
+        newest[place] = record["run_id"]
+    reasons = [_why_not(record, newest[place]) for place, record in zip(places, records)]
+    for record, reason in zip(records, reasons):
+        if reason:
+            print(f"not drawn  {record['run_id']}: {reason}", flush=True)
+    return [record for record, reason in zip(records, reasons) if not reason]
+
+# %% ../../nbs/study/command.ipynb #c4618141
+def _redraw(record: dict) -> bool:
+    "Draws a record and says what became of it, in a line; whether it went well."
+    try:
+        written, notes = redraw(record)
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = one_line(error).removeprefix(f"{record['run_id']} failed: ")
+        print(f"failed  {record['run_id']}: {reason}", flush=True)
+        return False
+    folder = figures_folder(record["study"], record["run_id"], record["parameters"])
+    count = f"{len(written)} file{'s' * (len(written) != 1)}"
+    print(f"{folder.relative_to(output_folder())}  {record['run_id']}  {count}", flush=True)
+    print(*(f"  {note}" for note in notes), sep="\n", end="\n" if notes else "", flush=True)
+    return True
+
+# %% ../../nbs/study/command.ipynb #833dfcd6
+def _is_reported() -> bool:
+    "Runs the report; whether that went well."
+    try:
+        run("report")
+    except RuntimeError as error:
+        print(f"failed  {one_line(error)}", flush=True)
+        return False
+    return True
+
+
+def _report():
+    "Draws all records, and prints the short table and where the figures are. Raises RuntimeError where any failed."
+    folder, reported = output_folder("figures"), _is_reported()
+    failed = [record for record in _drawable() if not _redraw(record)]
+    if reported:
+        print("\n" + (folder / "report" / "summary.md").read_text(encoding="utf-8"))
+    print("Figures (each as PDF and PNG):")
+    for path in sorted(folder.rglob("*.png")) + sorted(folder.rglob("*.gif")):
+        print(f"  {path.relative_to(folder.parent)}")
+    if failed or not reported:
+        raise RuntimeError("not all records could be drawn, see above")
+
+# %% ../../nbs/study/command.ipynb #06716340
 def _parser(asked: str) -> argparse.ArgumentParser:
     "For the command that is asked for."
     parser = argparse.ArgumentParser(
         "asyproxy", description="Runs the notebooks of the Asymptotic Proxy study with checked parameters.")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_run(commands)
-    commands.add_parser("report", help="draw the table and the figures of all records")
+    commands.add_parser(
+        "report", help="draw the tables and figures of all records",
+        description="Runs the report, then draws the records of every other study again, without images and without "
+                    "training; films and galleries are left to their runs. The exit code is 1 if any failed.")
     _add_prepare(commands, asked == "prepare")
     _add_batch(commands)
     _add_runs(commands)

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'BUSY', 'record_text', 'upgraded', 'read_record', 'read_records', 'images_of', 'places', 'run_folder',
-           'settled', 'finished', 'Busy', 'owned', 'busy', 'Run']
+           'settled', 'figures_folder', 'finished', 'Busy', 'owned', 'busy', 'Run']
 
-# %% ../../nbs/study/record.ipynb #ac24b6f6
+# %% ../../nbs/study/record.ipynb #7aeaaf72
 import hashlib
 import json
 import os
 import time
+from functools import cached_property
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -41,7 +42,16 @@ def record_text(
         raise ValueError("expected results that JSON can hold (numbers that are finite, text, lists, dictionaries), "
                          f"got: {error}") from error
 
-# %% ../../nbs/study/record.ipynb #5549e8f1
+# %% ../../nbs/study/record.ipynb #8998cd23
+def _renamed(record: dict) -> dict:
+    "A record of the evaluation's speed, with today's names of what was measured."
+    if record["study"] != "evaluation_speed":
+        return record
+    rows = {name: record[name] for name in ("timings", "scaling") if name in record}
+    return record | {name: [{{"found": "metrics"}.get(key, key): value for key, value in row.items()} for row in values]
+                     for name, values in rows.items()}
+
+# %% ../../nbs/study/record.ipynb #874c3884
 def upgraded(
     record: dict,  # as it was written
 ) -> dict:  # in today's words
@@ -51,7 +61,7 @@ def upgraded(
         values["loss"] = "moving"
     known = described(record["study"], values)
     defaults = {name: one.default for name, one in known.items()}
-    return {**record, "parameters": {**defaults, **values}}
+    return {**_renamed(record), "parameters": {**defaults, **values}}
 
 # %% ../../nbs/study/record.ipynb #17246f15
 def _refuse_constant(name: str):
@@ -111,7 +121,7 @@ def images_of(
 
     return load_data(**{name: values[name] for name in parameters(Images) if name in known})
 
-# %% ../../nbs/study/record.ipynb #93e789f6
+# %% ../../nbs/study/record.ipynb #32934150
 def _has_models(folder: Path, metrics: dict) -> bool:
     "Whether the models that were tested are there, as they were written; of a trial none was."
     from asyproxy.files import load_tensors
@@ -147,7 +157,7 @@ def places(
         folder = folder / "again"
     return folder, record
 
-# %% ../../nbs/study/record.ipynb #9a7dcfa9
+# %% ../../nbs/study/record.ipynb #67c0576c
 def run_folder(
     folder: Path,  # of `places`
 ) -> Path:
@@ -169,6 +179,17 @@ def settled(
         target.parent.mkdir(parents=True, exist_ok=True)
         path.replace(target)
     return folder.parent
+
+# %% ../../nbs/study/record.ipynb #39825a45
+def figures_folder(
+    study: str,  # name of the notebook
+    identity: str,  # id of a run
+    values: dict,  # parameter -> value, with others that count for nothing
+) -> Path:
+    "Where a run draws."
+    known = described(study, values)
+    usual = all(values[name] == one.default for name, one in known.items() if one.identity or one.result)
+    return output_folder("figures", study, *([] if usual else [identity.removeprefix(f"{study}-")]))
 
 # %% ../../nbs/study/record.ipynb #97a621e2
 def finished(
@@ -219,7 +240,7 @@ def busy(
         lock.release()
     return False
 
-# %% ../../nbs/study/record.ipynb #7be009bb
+# %% ../../nbs/study/record.ipynb #80b49dd2
 def _seconds_before(folder: Path) -> float:
     "What processes that were killed have spent on the run."
     if not (folders := {path.parent for path in folder.rglob("checkpoint-*")}):
@@ -229,6 +250,19 @@ def _seconds_before(folder: Path) -> float:
     return sum(map(seconds_spent, folders))
 
 
+def _before(folder: Path, record: Path) -> tuple[list | None, float]:
+    "History and seconds of what a run goes on with."
+    if not record.exists() or run_folder(folder) != folder:
+        return None, _seconds_before(folder)
+    old = read_record(record)
+    return old["history"], old["seconds"]
+
+# %% ../../nbs/study/record.ipynb #ec5cb903
+def _settle(folder: Path) -> Path:
+    "Models and logs take the place of those that were there."
+    return [settled(folder, pattern) for pattern in ("*.safetensors", "log.csv", "events.*")][0]
+
+
 def _tidy(folder: Path, models: bool):
     "Leaves of a finished run what somebody needs."
     if any(folder.rglob("*.safetensors")):
@@ -236,7 +270,19 @@ def _tidy(folder: Path, models: bool):
 
         keep_results(folder, models=models)
 
-# %% ../../nbs/study/record.ipynb #dc05ac8a
+# %% ../../nbs/study/record.ipynb #7ca789bf
+def _to_draw(known: dict[str, Parameter], values: dict) -> dict | None:
+    "The record that is to be drawn. Raises ValueError where it is that of another run."
+    if not (path := os.environ.get("ASYPROXY_DRAW")):
+        return None
+    record = read_record(Path(path))
+    given, there = (published(known, {name: one[name] for name in known if name in record["parameters"]})
+                    for one in (values, record["parameters"]))
+    if other := [f"{name} {given[name]}" for name in given if known[name].identity and given[name] != there[name]]:
+        raise ValueError(f"expected the parameters of {record['run_id']}, which is to be drawn, got {', '.join(other)}")
+    return record
+
+# %% ../../nbs/study/record.ipynb #eddaefa0
 class Run:
     "A run from inside its notebook: checks the parameters, starts the clock, and writes the record."
 
@@ -245,22 +291,30 @@ class Run:
         study: str,  # name of the notebook
         values: dict,  # globals() of the notebook, right after its parameters
     ):
-        known = described(study, values)
-        self.study, self.parameters = study, checked(known, {name: values[name] for name in known})
-        self.said = published(known, self.parameters)
-        self.data = images_of(known, self.parameters)
+        self._known = described(study, values)
+        self.study, self.parameters = study, {name: values[name] for name in self._known}
+        self.results, self.history = _to_draw(self._known, self.parameters), None  # history: to be tested again
+        if self.results:
+            self.id, self.record = self.results["run_id"], Path(os.environ["ASYPROXY_DRAW"])
+            self.folder = output_folder("runs", self.id)
+        else:
+            self._begin()
+        self.figures = figures_folder(study, self.id, self.parameters)
+
+    @cached_property
+    def data(self):
+        "The images that the run is about; None for a study that names none."
+        return images_of(self._known, self.parameters)
+
+    def _begin(self):
+        "Takes the run for this process."
+        self.parameters = checked(self._known, self.parameters)
+        self.said = published(self._known, self.parameters)
         fingerprint = self.data.fingerprint()["sha256"] if self.data else ""
-        self.id = run_id(study, known, self.parameters, fingerprint)
+        self.id = run_id(self.study, self._known, self.parameters, fingerprint)
         self.folder, self.record = places(self.id, self.said)
-        self.results = self.history = None  # of the record, where it is only to be drawn, or to be tested again
-        if os.environ.get("ASYPROXY_DRAW"):
-            self.folder, self.results = output_folder("runs", self.id), read_record(self.record)
-        self.figures = output_folder("figures", study)
         self._lock, self.started = owned(output_folder("runs", self.id), "notebook"), time.perf_counter()
-        self.seconds_before = _seconds_before(self.folder)
-        if not self.results and self.record.exists() and run_folder(self.folder) == self.folder:
-            old = read_record(self.record)
-            self.history, self.seconds_before = old["history"], old["seconds"]
+        self.history, self.seconds_before = _before(self.folder, self.record)
 
     def finish(
         self,
@@ -272,9 +326,7 @@ class Run:
         seconds = round(self.seconds_before + time.perf_counter() - self.started, 1)
         text = record_text({"run_id": self.id, "study": self.study, "parameters": self.said, **results,
                             "environment": environment(), "seconds": seconds, "peak_memory_mb": peak_memory_mb()})
-        place = self.folder
-        for pattern in ("*.safetensors", "log.csv", "events.*"):
-            self.folder = settled(place, pattern)
+        self.folder = _settle(self.folder)
         with write_atomically(self.record) as temporary:
             temporary.write_text(text)
         _tidy(self.folder, self.parameters.get("with_test", True))
