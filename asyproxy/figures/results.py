@@ -188,8 +188,9 @@ def training_curves(
     figure, axes = plt.subplots(1, 2, figsize=(6.4, height), layout="constrained")
     for ax, column in zip(axes, ("training loss", "recall")):
         _draw_histories(ax, histories, column, looks)
-        places = plt.MaxNLocator(integer=True).tick_values(0, longest)
-        ticks(ax, places[places <= longest], places[places <= longest])
+        places = plt.MaxNLocator(integer=True).tick_values(1, longest)
+        places = places[(places >= 1) & (places <= longest)]
+        ticks(ax, places, places)
     chosen = sorted({str(record.get("select")).replace("recall", "Recall") for record in records})
     low, high = axes[1].get_ylim()
     axes[0].set(xlabel="epoch", ylabel="training loss")

@@ -250,11 +250,11 @@ def _is_reported() -> bool:
 
 
 def _report():
-    "Draws all records, and prints the short table and where the figures are. Raises RuntimeError where any failed."
+    "Draws all records, and prints the short tables and where the figures are. Raises RuntimeError where any failed."
     folder, reported = output_folder("figures"), _is_reported()
     failed = [record for record in _drawable() if not _redraw(record)]
-    if reported:
-        print("\n" + (folder / "report" / "summary.md").read_text(encoding="utf-8"))
+    for path in sorted(folder.glob("report/summary-*.md")) if reported else ():
+        print(f"\n{path.stem.removeprefix('summary-')}\n\n{path.read_text(encoding='utf-8')}")
     print("Figures (each as PDF and PNG):")
     for path in sorted(folder.rglob("*.png")) + sorted(folder.rglob("*.gif")):
         print(f"  {path.relative_to(folder.parent)}")
