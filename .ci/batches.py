@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from project import hear
 from signals import OWN, SIGNALS, finished, left, members
 
 from asyproxy.fixtures.notebooks import write_study
@@ -56,7 +57,7 @@ def write_plan(folder: Path, quick: bool) -> Path:
 
 def start(folder: Path, workers: int) -> subprocess.Popen:
     command = [sys.executable, "-m", "asyproxy", "batch", str(folder / "plan.yaml"), "--workers", str(workers)]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "preexec_fn": hear}
     return subprocess.Popen(command, env=os.environ | {"ASYPROXY_OUTPUT": str(folder)}, start_new_session=True, **streams)
 
 

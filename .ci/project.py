@@ -1,5 +1,6 @@
 """`project.py build` makes what is made from the notebooks; `test_project.py` checks it."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,12 @@ import nbformat
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def hear():
+    "For `preexec_fn`: below nohup or in the background of a shell, signals are ignored that a test sends."
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def library() -> list[Path]:

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import psutil
 
+from project import hear
+
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGKILL")
 TARGETS = ("command", "kernel", "group")
 SMALL = {"data_name": "digits", "backbone_type": "convnet", "weights": "random", "feature_dim": 8, "num_epochs": 6,
@@ -34,7 +36,7 @@ def command(devices: int, seed: int = 0) -> list[str]:
 
 def start(folder: Path, devices: int, seed: int = 0) -> subprocess.Popen:
     environment = os.environ | {"ASYPROXY_OUTPUT": str(folder)}
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "preexec_fn": hear}
     return subprocess.Popen(command(devices, seed), env=environment, start_new_session=True, **streams)
 
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from project import ROOT, library, readme, studies
+from project import ROOT, hear, library, readme, studies
 
 from asyproxy.experiment import Experiment, parameters_cell, smallest
 from asyproxy.fixtures.notebooks import write_study
@@ -37,7 +37,8 @@ ENVIRONMENT = os.environ | {
 def call(*command, **options) -> str:
     "The output of a command; fails with its end where the command does."
     command, output = list(map(str, command)), {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    done = subprocess.run(command, check=False, **{"env": ENVIRONMENT, "cwd": ROOT, **output, **options})
+    options = {"env": ENVIRONMENT, "cwd": ROOT, "preexec_fn": hear, **output, **options}
+    done = subprocess.run(command, check=False, **options)
     assert not done.returncode, f"{' '.join(command)} ended with code {done.returncode}\n{done.stdout[-6000:]}"
     return done.stdout
 

@@ -237,6 +237,12 @@ class Handle(_Watched):
 _ARRAY = 500  # jobs in one submission; clusters take 1000, unless they say otherwise
 
 
+def _name_now() -> str:
+    "For a folder; by their names they stand in the order of time, also those of one second."
+    now = time.time_ns()
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(now // 10**9))}-{now % 10**9:09}-{uuid.uuid4().hex[:8]}"
+
+
 def _note(folder: Path, names: list[str], jobs: list[str] | None):
     with write_atomically(folder / "submission.json") as temporary:
         temporary.write_text(json.dumps({"names": names, "jobs": jobs}), encoding="utf-8")
@@ -336,7 +342,7 @@ class _Submits:
         from submitit.core.utils import FailedJobError
 
         while True:
-            folder = self.folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}"
+            folder = self.folder / _name_now()
             errands = [Errand(command, name, folder, checkout()) for name, command in commands.items()]
             _note(folder, list(commands), None)
             try:
