@@ -240,7 +240,7 @@ _ARRAY = 500  # jobs in one submission; clusters take 1000, unless they say othe
 def _name_now() -> str:
     "For a folder; by their names they stand in the order of time, also those of one second."
     now = time.time_ns()
-    return f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(now // 10**9))}-{now % 10**9:09}-{uuid.uuid4().hex[:8]}"
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now // 10**9))}-{now % 10**9:09}-{uuid.uuid4().hex[:8]}"
 
 
 def _note(folder: Path, names: list[str], jobs: list[str] | None):
