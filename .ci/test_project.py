@@ -95,7 +95,7 @@ def test_parameters_are_those_of_the_dataclass(path):
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
     tagged = [cell["source"] for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]
     expected = parameters_cell(STUDIES[path.stem])
-    assert ["".join(source) for source in tagged] == ([expected] if expected else []), \
+    assert ["".join(source) for source in tagged] == [expected], \
         f"expected as the only cell tagged parameters in {path.name}:\n{expected}"
 
 

@@ -56,12 +56,12 @@ def group_label(
     return clipped(", ".join(text for text in (loss_name(loss), settings) if text), width)
 
 # %% ../../nbs/figures/results.ipynb #348833ee
-def _draw_sweep(ax: plt.Axes, runs: pd.DataFrame, x: str, y: str, style: dict, size: float = 5):
+def _draw_sweep(ax: plt.Axes, runs: pd.DataFrame, x: str, y: str, style: dict):
     "One line of a panel, its runs as points and the failed ones as crosses."
-    curve(ax, runs, x, y, ms=size, zorder=3, **style)
-    ax.plot(runs[x], runs[y], style["marker"], color=style["color"], ms=size / 2, alpha=0.7)
+    curve(ax, runs, x, y, ms=5, zorder=3, **style)
+    ax.plot(runs[x], runs[y], style["marker"], color=style["color"], ms=2.5, alpha=0.7)
     for value in runs.loc[runs[y].isna(), x]:
-        ax.plot(value, 0.02, "x", color=style["color"], ms=size, transform=ax.get_xaxis_transform(), clip_on=False)
+        ax.plot(value, 0.02, "x", color=style["color"], ms=5, transform=ax.get_xaxis_transform(), clip_on=False)
 
 
 def ticks(
@@ -75,23 +75,15 @@ def ticks(
     ax.minorticks_off()
 
 # %% ../../nbs/figures/results.ipynb #187611b3
-def _in_order(values: pd.Series) -> list:
-    "Each value once: numbers by size, then texts as they are met."
-    return sorted(values.unique(), key=lambda value: (1, 0) if isinstance(value, str) else (0, value))
-
-
-def _line_looks(runs: pd.DataFrame, lines: str) -> dict:  # value -> (label, style)
+def _line_looks(runs: pd.DataFrame) -> dict:  # loss -> (label, style)
     "What each line of a sweep is called and looks like."
-    if lines == "loss":
-        return {loss: (clipped(loss_name(loss)), look(loss_number(loss))) for loss in in_order(runs[lines])}
-    values = _in_order(runs[lines])
-    return {value: (clipped(f"{lines} {value}"), look(place)) for place, value in enumerate(values)}
+    return {loss: (clipped(loss_name(loss)), look(loss_number(loss))) for loss in in_order(runs["loss"])}
 
 
-def _sweep_legend(ax: plt.Axes, looks: dict, **options):
+def _sweep_legend(ax: plt.Axes, looks: dict):
     "The lines of a sweep, explained once."
     handles = [Line2D([], [], ms=5, **style) for _, style in looks.values()]
-    place_legend(ax, handles, [label for label, _ in looks.values()], fontsize=7, **options)
+    place_legend(ax, handles, [label for label, _ in looks.values()], fontsize=7)
 
 # %% ../../nbs/figures/results.ipynb #c7ea46e8
 def _as_drawn(runs: pd.DataFrame, column: str, label: str, span: tuple) -> tuple[pd.DataFrame, str, tuple]:
@@ -102,21 +94,20 @@ def _as_drawn(runs: pd.DataFrame, column: str, label: str, span: tuple) -> tuple
 
 # %% ../../nbs/figures/results.ipynb #b2d25f33
 def sweep(
-    runs: pd.DataFrame,  # one row a run, with the columns `x`, `lines` and those of `ys`
+    runs: pd.DataFrame,  # one row a run, with the columns `x`, loss and those of `ys`
     x: str,  # column on the horizontal axis
     ys: dict[str, str],  # column on the vertical axis of a panel -> its label
     *,
-    lines: str = "loss",  # column of what a line is
     log: bool = True,  # the horizontal axis
     spans: Mapping[str, tuple[float, float]] = MappingProxyType({}),  # what a measure can be, (0, 1): a share
 ) -> plt.Figure:
     "One panel a measure, one line a loss."
-    looks, tried = _line_looks(runs, lines), sorted(runs[x].unique())
+    looks, tried = _line_looks(runs), sorted(runs[x].unique())
     figure, axes = plt.subplots(1, len(ys), figsize=(2.9 * len(ys), 2.2), squeeze=False, layout="constrained")
     for ax, (column, label) in zip(axes[0], ys.items()):
         drawn, label, span = _as_drawn(runs, column, label, spans.get(column, (-np.inf, np.inf)))
-        for value, (_, style) in looks.items():
-            _draw_sweep(ax, drawn[drawn[lines] == value], x, column, {**style, "within": span})
+        for loss, (_, style) in looks.items():
+            _draw_sweep(ax, drawn[drawn["loss"] == loss], x, column, {**style, "within": span})
         ax.set(xlabel=x, ylabel=label, xscale="log" if log else "linear")
         ticks(ax, tried, tried)
     _sweep_legend(axes[0, 0], looks)

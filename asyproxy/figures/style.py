@@ -92,12 +92,12 @@ def shade(
 
 def group_looks(
     losses: list[str],  # the loss of each group that is drawn
-) -> list[dict]:  # of each: number (of the loss), color, marker, linestyle
+) -> list[dict]:  # of each: color, marker, linestyle
     "Colour and marker of the loss, line and shade of the group."
     looks = []
     for position, loss in enumerate(losses):
         place, number = losses[:position].count(loss), loss_number(loss)
-        looks.append({"number": number, "color": shade(colour(number), place, losses.count(loss)),
+        looks.append({"color": shade(colour(number), place, losses.count(loss)),
                       "marker": MARKERS[number % len(MARKERS)], "linestyle": LINES[place % len(LINES)]})
     return looks
 

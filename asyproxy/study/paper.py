@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['of_protocol', 'paper_numbers', 'paper_table', 'to_run', 'peers_table', 'binary_peers_table', 'momentum_runs']
 
-# %% ../../nbs/study/paper.ipynb #1ce5bfe6
+# %% ../../nbs/study/paper.ipynb #83eb4f97
 import math
 from collections.abc import Iterable, Iterator
 from itertools import product
@@ -15,6 +15,7 @@ import pandas as pd
 from ..experiment import Experiment, parameters
 from .published import BACKBONES, PROTOCOL, command, published
 from .results import CODES, STAGES, compared, differing, group_columns, in_words, labelled
+from .tables import with_interval
 from ..uncertainty import half_width
 
 # %% ../../nbs/study/paper.ipynb #36d1a4ae
@@ -88,14 +89,7 @@ def paper_numbers(
     words = ("settings", "command")
     return numbers.fillna({"collapsed": 0, **dict.fromkeys(words, "")}).astype({"collapsed": int})
 
-# %% ../../nbs/study/paper.ipynb #477775a5
-def _cell(recall: float, half: float) -> str:
-    "Such as 52.0 ± 5.0."
-    if math.isnan(recall):
-        return "not run"
-    return f"{recall:.1f}" + ("" if math.isnan(half) else f" ± {half:.1f}")
-
-
+# %% ../../nbs/study/paper.ipynb #8843089d
 def paper_table(
     numbers: pd.DataFrame,  # of `paper_numbers`
 ) -> pd.DataFrame:  # text, in percent
@@ -106,7 +100,8 @@ def paper_table(
         row = {"backbone": backbone, "dim": first["feature_dim"], "result": result, "settings": settings,
                "seeds": first["seeds"], "collapsed": f"{fallen} of {first['seeds']}" if fallen else ""}
         cells = zip(group["code"], group["k"], group["recall"], group["half_width"])
-        rows.append(row | {f"R@{k} {code}": _cell(recall, half) for code, k, recall, half in cells})
+        rows.append(row | {f"R@{k} {code}": "not run" if math.isnan(recall) else with_interval(recall, half)
+                           for code, k, recall, half in cells})
     table = pd.DataFrame(rows)
     return table.loc[:, (table.map(str) != "").any()]
 
