@@ -250,7 +250,7 @@ class Images(Checked):
         before=True)
     cache: bool = parameter(False, "decode every image once into a cache, see nbs/data/cache", before=True)
 
-# %% ../nbs/experiment.ipynb #5c867b92
+# %% ../nbs/experiment.ipynb #5c001182
 @dataclass(frozen=True)
 class Model(Images):
     "What an experiment trains, and what it is trained by."
@@ -260,6 +260,8 @@ class Model(Images):
     weights: str = parameter(
         "pretrained", '"pretrained", "random" or the path of a local file', path=True, words=("pretrained", "random"),
         before=True, small="random")
+    layer_norm: bool = parameter(True, "of the features, where the backbone has one", before=True)
+    frozen_norm: bool = parameter(True, "the statistics of BatchNorm stay as they are while it trains")
     feature_dim: int = parameter(512, "dimensions of an embedding", within="[1, inf)", small=8)
     loss: str = parameter("moving", "loss", choices="asyproxy.loss:LOSSES")
     temperature: float = parameter(0.2, "divides the cosines", within="(0, inf)")

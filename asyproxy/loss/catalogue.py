@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOSSES', 'Option', 'LossEntry', 'loss_options', 'lr_factor', 'per_class', 'build_loss']
 
-# %% ../../nbs/loss/catalogue.ipynb #8b917816
+# %% ../../nbs/loss/catalogue.ipynb #a7ffbf1a
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -13,19 +13,21 @@ from typing import NamedTuple
 from torch import nn
 
 from ..experiment import hint
+from .gradient import GradientProxyLoss, RowWiseProxyLoss
 from .learnable import LearnableProxyLoss
-from .moving import AsymptoticProxyLoss, class_means
+from .moving import AGGREGATES, AsymptoticProxyLoss, class_means
 from .peers import (arcface, cosface, multi_similarity, norm_softmax, proxy_anchor, proxy_nca,
                                  soft_triple)
 
-# %% ../../nbs/loss/catalogue.ipynb #5a23d3ec
+# %% ../../nbs/loss/catalogue.ipynb #7ba0a5ca
 class Option(NamedTuple):
-    "A number that one loss takes."
-    default: float  # value where none is given
+    "A number that one loss takes, or a word."
+    default: float | str  # value where none is given
     low: float  # smallest value
     high: float  # largest value
     meaning: str  # in a few words
     whole: bool = False  # a count
+    words: tuple[str, ...] = ()  # that it may be, instead of a number
 
 # %% ../../nbs/loss/catalogue.ipynb #92fc30a9
 @dataclass(frozen=True)
@@ -42,12 +44,20 @@ class LossEntry:
     at_means: bool = False  # its proxies begin at the class means, whatever the experiment says of them
     per_class: int | None = None  # images of each class in a batch; None: any batch will do
 
-# %% ../../nbs/loss/catalogue.ipynb #8b26b3a4
+# %% ../../nbs/loss/catalogue.ipynb #36f85be8
 _MARGIN = Option(0.0, 0.0, 1.0, "taken from the cosine of the own class")
 _SCALE = Option(64.0, 0.1, 1000.0, "of the cosines")
+_THRESHOLD = Option(0.0, 0.0, 1.0, "of a softmax; classes of less in a whole batch stay")
 LOSSES: dict[str, LossEntry] = {
-    "moving": LossEntry(
-        "moving proxies", AsymptoticProxyLoss, ("temperature", "momentum"), {"margin": _MARGIN}, moves=True),
+    "moving": LossEntry("moving proxies", AsymptoticProxyLoss, ("temperature", "momentum"), moves=True, options={
+        "margin": _MARGIN,
+        "aggregate": Option("sum", 0, 0, "of a class in the batch", words=tuple(AGGREGATES))}),
+    "gradient": LossEntry("gradient step", GradientProxyLoss, ("temperature", "momentum"), moves=True, options={
+        "margin": _MARGIN, "threshold": _THRESHOLD}),
+    "row_wise": LossEntry("row-wise step", RowWiseProxyLoss, ("temperature", "momentum"), moves=True, options={
+        "margin": _MARGIN,
+        "decay": Option(0.999, 0.0, 0.9999999, "of the average of squared gradients of a class"),
+        "threshold": _THRESHOLD}),
     "learnable": LossEntry(
         "learnable proxies", LearnableProxyLoss, ("temperature",), {"margin": _MARGIN}, lr_factor=1.0),
     "class_means": LossEntry("fixed class means", class_means, ("temperature",), at_means=True),
@@ -97,65 +107,72 @@ def _known_options(name: str) -> dict[str, Option]:
         known["per_class"] = Option(entry.per_class, 2, 1000, "images of each class in a batch", whole=True)
     return known
 
-# %% ../../nbs/loss/catalogue.ipynb #ab4d3ef7
+# %% ../../nbs/loss/catalogue.ipynb #8cc92784
+def _range(option: Option) -> str:
+    return ", ".join(option.words) or f"{'whole, ' if option.whole else ''}{option.low:g} ... {option.high:g}"
+
+
 def _described(name: str) -> str:
     "The options of a loss in words, for an error."
-    known = [f"{option}={default:g} ({'whole, ' if whole else ''}{low:g} ... {high:g}: {meaning})"
-             for option, (default, low, high, meaning, whole) in _known_options(name).items()]
+    known = [f"{name}={option.default if option.words else format(option.default, 'g')} "
+             f"({_range(option)}: {option.meaning})" for name, option in _known_options(name).items()]
     return ", ".join(known) or "none"
 
-# %% ../../nbs/loss/catalogue.ipynb #c3b08cdc
-def _split(options: str | Mapping[str, float]) -> dict[str, float | str]:
+# %% ../../nbs/loss/catalogue.ipynb #f98cba08
+def _split(options: str | Mapping[str, float | str]) -> dict[str, float | str]:
     "Names and values, which are not looked at yet."
     if not isinstance(options, str):
         return dict(options)
     pairs = [pair.partition("=") for pair in options.split(",") if pair.strip()]
     return {name.strip(): value.strip() for name, _, value in pairs}
 
-# %% ../../nbs/loss/catalogue.ipynb #412cdaec
-def _number(name: str, option: str, value: float | str) -> float:
+# %% ../../nbs/loss/catalogue.ipynb #c144551f
+def _value(name: str, option: str, value: float | str) -> float | str:
     "The checked value of one option. Raises ValueError."
     known = _known_options(name)
+    if option in known and value in known[option].words:
+        return value
     try:
         number, whole = float(value), known[option].whole
-        if known[option].low <= number <= known[option].high and (not whole or number.is_integer()):
+        in_range = known[option].low <= number <= known[option].high and not known[option].words
+        if in_range and (not whole or number.is_integer()):
             return int(number) if whole else number
     except (KeyError, TypeError, ValueError):
         pass
     raise ValueError(f"expected options of {name}, which has {_described(name)}; got {option}={value}")
 
-# %% ../../nbs/loss/catalogue.ipynb #396c9673
+# %% ../../nbs/loss/catalogue.ipynb #65b07236
 def loss_options(
     name: str,  # a key of LOSSES
-    options: str | Mapping[str, float] = "",  # those that differ from their defaults, "margin=0.2,alpha=16" or a dict
-) -> dict[str, float]:  # all options of the loss, in the order of its entry
+    options: str | Mapping[str, float | str] = "",  # those that differ from their defaults, "margin=0.2,alpha=16" or a dict
+) -> dict[str, float | str]:  # all options of the loss, in the order of its entry
     "Raises ValueError on an unknown loss or option, and on a value that is no number or out of range."
-    numbers = {option: _number(name, option, value) for option, value in _split(options).items()}
-    return {option: numbers.get(option, default) for option, (default, *_) in _known_options(name).items()}
+    values = {option: _value(name, option, value) for option, value in _split(options).items()}
+    return {option: values.get(option, default) for option, (default, *_) in _known_options(name).items()}
 
-# %% ../../nbs/loss/catalogue.ipynb #a77c3e93
+# %% ../../nbs/loss/catalogue.ipynb #af5f43a1
 def lr_factor(
     name: str,  # a key of LOSSES
-    options: str | Mapping[str, float] = "",  # as for `loss_options`
+    options: str | Mapping[str, float | str] = "",  # as for `loss_options`
 ) -> float | None:  # times the learning rate of the model; None: the loss has nothing to train
     "Raises ValueError as `loss_options` does."
     return loss_options(name, options).get("lr_factor")
 
-# %% ../../nbs/loss/catalogue.ipynb #e7485847
+# %% ../../nbs/loss/catalogue.ipynb #3c291180
 def per_class(
     name: str,  # a key of LOSSES
-    options: str | Mapping[str, float] = "",  # as for `loss_options`
+    options: str | Mapping[str, float | str] = "",  # as for `loss_options`
 ) -> int | None:  # images of each class in a batch; None: any batch will do
     "Raises ValueError as `loss_options` does."
     return loss_options(name, options).get("per_class")
 
-# %% ../../nbs/loss/catalogue.ipynb #566235c6
+# %% ../../nbs/loss/catalogue.ipynb #031ffe4c
 def build_loss(
     name: str,  # a key of LOSSES
     num_classes: int,  # C
     feature_dim: int,  # D, dimensions of an embedding
     *,
-    options: str | Mapping[str, float] = "",  # as for `loss_options`
+    options: str | Mapping[str, float | str] = "",  # as for `loss_options`
     **parameters: float,  # all that an experiment has: temperature, momentum
 ) -> nn.Module:  # called with (embeddings, labels)
     "Raises ValueError on an unknown loss, option or parameter, and on what the loss refuses."

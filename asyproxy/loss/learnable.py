@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['LearnableProxyLoss']
 
-# %% ../../nbs/loss/learnable.ipynb #0bf4bdc9
+# %% ../../nbs/loss/learnable.ipynb #b1b25d5b
 import torch
 from torch import nn
 
-from .proxies import (check_call, check_share, check_temperature, cross_entropies, loss_of_guess,
-                                   proxy_similarities, random_proxies, unit_rows, whole_batch)
+from .proxies import (check_call, check_share, check_temperature, cross_entropies, proxy_similarities,
+                                   random_proxies, unit_rows, whole_batch)
 
-# %% ../../nbs/loss/learnable.ipynb #7c5fc128
+# %% ../../nbs/loss/learnable.ipynb #8eb7cd86
 class LearnableProxyLoss(nn.Module):
     "Cross entropy over cosine similarities to one proxy a class; the proxies are a parameter."
 
@@ -29,11 +29,6 @@ class LearnableProxyLoss(nn.Module):
         check_share("margin", margin)
         self.temperature, self.margin = temperature, margin
         self.proxies = nn.Parameter(random_proxies(num_classes, feature_dim))
-
-    @property
-    def chance(self) -> float:  # ln C without a margin
-        "The loss of a guess, all classes alike."
-        return loss_of_guess(len(self.proxies), self.margin / self.temperature)
 
     def forward(
         self,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PeerLoss', 'norm_softmax', 'cosface', 'arcface', 'soft_triple', 'proxy_nca', 'proxy_anchor', 'multi_similarity']
 
-# %% ../../nbs/loss/peers.ipynb #74ff00e2
+# %% ../../nbs/loss/peers.ipynb #8a98aa0f
 from importlib import import_module
 from types import ModuleType
 
@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .proxies import check_call, check_sizes, full_precision, loss_of_guess, whole_batch
+from .proxies import check_call, check_sizes, full_precision, whole_batch
 
-# %% ../../nbs/loss/peers.ipynb #597f7934
+# %% ../../nbs/loss/peers.ipynb #5808b636
 class PeerLoss(nn.Module):
     "A loss of pytorch-metric-learning, called and checked like those of this package."
 
@@ -26,11 +26,9 @@ class PeerLoss(nn.Module):
         feature_dim: int,  # D, dimensions of an embedding
         *,
         apart: bool = False,  # it is the mean over items of which each has a loss of its own
-        chance: float | None = None,  # the loss of a guess; None: it has none
     ):
         super().__init__()
-        self.loss, self.num_classes, self.feature_dim, self.apart, self.chance = (
-            loss, num_classes, feature_dim, apart, chance)
+        self.loss, self.num_classes, self.feature_dim, self.apart = loss, num_classes, feature_dim, apart
 
     @property
     def proxies(self) -> torch.Tensor | None:  # (C, D), rows of any length; None: there is not one for each class
@@ -68,7 +66,7 @@ def _library(
         raise ValueError("expected pytorch-metric-learning, whose loss this is, got no such package: "
                          "pip install asyproxy[peers]") from error
 
-# %% ../../nbs/loss/peers.ipynb #4cc0c2fd
+# %% ../../nbs/loss/peers.ipynb #d2fdb2fe
 def norm_softmax(
     num_classes: int,  # C
     feature_dim: int,  # D, dimensions of an embedding
@@ -78,9 +76,9 @@ def norm_softmax(
     "NormSoftmax (Zhai and Wu 2019). Raises ValueError on sizes, and without pytorch-metric-learning."
     check_sizes(num_classes, feature_dim)
     loss = _library("losses").NormalizedSoftmaxLoss(num_classes, feature_dim, temperature=temperature)
-    return PeerLoss(loss, num_classes, feature_dim, apart=True, chance=loss_of_guess(num_classes))
+    return PeerLoss(loss, num_classes, feature_dim, apart=True)
 
-# %% ../../nbs/loss/peers.ipynb #0266c026
+# %% ../../nbs/loss/peers.ipynb #0489a692
 def cosface(
     num_classes: int,  # C
     feature_dim: int,  # D, dimensions of an embedding
@@ -91,7 +89,7 @@ def cosface(
     "CosFace (Wang et al. 2018). Raises ValueError on sizes, and without pytorch-metric-learning."
     check_sizes(num_classes, feature_dim)
     loss = _library("losses").CosFaceLoss(num_classes, feature_dim, margin=margin, scale=scale)
-    return PeerLoss(loss, num_classes, feature_dim, apart=True, chance=loss_of_guess(num_classes, scale * margin))
+    return PeerLoss(loss, num_classes, feature_dim, apart=True)
 
 # %% ../../nbs/loss/peers.ipynb #7fc16caa
 def arcface(
@@ -120,7 +118,7 @@ class _Merging(nn.Module):
         cosines = (unit @ unit.mT)[:, first, second]
         return (2 + 1e-5 - (2 * cosines).clamp(max=2)).sqrt().mean() / 2  # 1e-5 as in the official code
 
-# %% ../../nbs/loss/peers.ipynb #a237df3b
+# %% ../../nbs/loss/peers.ipynb #f4dace62
 def soft_triple(
     num_classes: int,  # C
     feature_dim: int,  # D, dimensions of an embedding
@@ -138,7 +136,7 @@ def soft_triple(
         merging = {"weight_regularizer": _Merging(num_classes, centers), "weight_reg_weight": tau}
     loss = _library("losses").SoftTripleLoss(
         num_classes, feature_dim, centers_per_class=centers, la=scale, gamma=gamma, margin=margin, **merging)
-    return PeerLoss(loss, num_classes, feature_dim, apart=True, chance=loss_of_guess(num_classes, scale * margin))
+    return PeerLoss(loss, num_classes, feature_dim, apart=True)
 
 # %% ../../nbs/loss/peers.ipynb #8c661795
 def proxy_nca(

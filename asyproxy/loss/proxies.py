@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_sizes', 'random_proxies', 'place_proxies', 'full_precision', 'unit_rows', 'proxy_similarities',
-           'cross_entropies', 'cross_entropy', 'check_share', 'loss_of_guess', 'Diverged', 'check_shapes', 'check_call',
-           'check_values', 'check_temperature', 'whole_batch']
+           'cross_entropies', 'cross_entropy', 'check_share', 'Diverged', 'check_shapes', 'check_call', 'check_values',
+           'check_temperature', 'whole_batch']
 
 # %% ../../nbs/loss/proxies.ipynb #60ff7f39
 import math
@@ -95,14 +95,6 @@ def check_share(
     "Raises ValueError on a value outside of [0, 1]."
     if not 0 <= value <= 1:
         raise ValueError(f"expected a {name} in [0, 1], got {value}")
-
-# %% ../../nbs/loss/proxies.ipynb #2c119d7b
-def loss_of_guess(
-    num_classes: int,  # C
-    margin: float = 0.0,  # taken from the own logit, >= 0
-) -> float:  # ln C without a margin
-    "The cross entropy where all logits are alike."
-    return margin + math.log(math.exp(-margin) + num_classes - 1)  # finite, however large the margin
 
 # %% ../../nbs/loss/proxies.ipynb #11d58f47
 class Diverged(ValueError):

@@ -36,16 +36,17 @@ def _per_channel(
     "A mean or standard deviation for images in 0 ... 255."
     return 255 * torch.tensor(values, **options).reshape(1, 3, 1, 1)
 
-# %% ../../nbs/model/embedding.ipynb #a3dd932e
+# %% ../../nbs/model/embedding.ipynb #d864c766
 class FrozenBatchNorm(nn.Module):
-    "A module whose training mode leaves the running statistics of BatchNorm as they are."
+    "A module whose training mode leaves the running statistics of BatchNorm as they are, unless it is told to thaw."
+    frozen_norm = True
 
     def train(
         self,
         mode: bool = True,  # False: eval mode
     ):
         super().train(mode)
-        for module in self.modules():
+        for module in self.modules() if self.frozen_norm else ():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):  # of any dimension, and what others derive
                 module.eval()
         return self
@@ -58,7 +59,7 @@ def _statistics(model: "FeatureModel") -> tuple[torch.Tensor, torch.Tensor]:
     options = {"dtype": model.mean.dtype, "device": model.mean.device}
     return _per_channel(model.kind.mean, **options), _per_channel(model.kind.std, **options)
 
-# %% ../../nbs/model/embedding.ipynb #ee01242f
+# %% ../../nbs/model/embedding.ipynb #30f707cf
 class FeatureModel(FrozenBatchNorm):
     "Images (N, 3, H, W), uint8 RGB -> features (N, width) of a backbone."
 
@@ -67,9 +68,11 @@ class FeatureModel(FrozenBatchNorm):
         backbone_type: str,  # one of `BACKBONES`, or timm:NAME
         *,
         weights: str = "pretrained",  # "pretrained", "random", or the path of a local file
+        layer_norm: bool = True,  # of the features, where the backbone has one
     ):
         super().__init__()
         self.backbone_type, self.kind = backbone_type, describe_backbone(backbone_type)
+        self.layer_norm = layer_norm and self.kind.layer_norm
         self.backbone = build_backbone(backbone_type, weights)
         self.backbone.to(memory_format=torch.channels_last)  # twice as fast for `lite0` on a CPU
         self.register_buffer("mean", _per_channel(self.kind.mean), persistent=False)
@@ -91,7 +94,7 @@ class FeatureModel(FrozenBatchNorm):
     ) -> torch.Tensor:  # (N, width)
         "Pooled features before the projection."
         pooled = self.backbone(self.normalise(images))
-        return F.layer_norm(pooled, (self.kind.width,)) if self.kind.layer_norm else pooled
+        return F.layer_norm(pooled, (self.kind.width,)) if self.layer_norm else pooled
 
 # %% ../../nbs/model/embedding.ipynb #33c4d022
 def _check_choice(backbone_type: str, feature_dim: int):
@@ -100,7 +103,7 @@ def _check_choice(backbone_type: str, feature_dim: int):
     if feature_dim < 1:
         raise ValueError(f"expected a feature_dim of at least 1, got {feature_dim}")
 
-# %% ../../nbs/model/embedding.ipynb #d63507fe
+# %% ../../nbs/model/embedding.ipynb #7e0fa847
 class EmbeddingModel(FeatureModel):
     "Images (N, 3, H, W), uint8 RGB -> embeddings (N, feature_dim), rows of unit length."
 
@@ -110,9 +113,10 @@ class EmbeddingModel(FeatureModel):
         feature_dim: int = 512,  # D
         *,
         weights: str = "pretrained",  # "pretrained", "random", or the path of a local file
+        layer_norm: bool = True,  # of the features, where the backbone has one
     ):
         _check_choice(backbone_type, feature_dim)
-        super().__init__(backbone_type, weights=weights)
+        super().__init__(backbone_type, weights=weights, layer_norm=layer_norm)
         self.feature_dim = feature_dim
         self.class_names: list[str] = []  # of the classes that it was trained on, in the order of their indices
         self.projection = nn.Linear(self.kind.width, feature_dim, bias=False)
@@ -149,13 +153,13 @@ def load_plain_state(
     if unknown := tensors.keys() - plain_state(module):
         raise ValueError(f"{expected}, got {len(unknown)} unknown, such as {min(unknown)}")
 
-# %% ../../nbs/model/embedding.ipynb #6134819d
+# %% ../../nbs/model/embedding.ipynb #308e1733
 def save_model(
     model: EmbeddingModel,  # on any device
     path: str | Path,  # of the file, *.safetensors
 ):
     "Writes the weights, and what is needed to build the model again, to a safetensors file."
-    metadata = {name: getattr(model, name) for name in ("backbone_type", "feature_dim", "class_names")}
+    metadata = {name: getattr(model, name) for name in ("backbone_type", "feature_dim", "class_names", "layer_norm")}
     save_tensors(path, plain_state(model), metadata)
 
 
@@ -167,8 +171,9 @@ def load_model(
     if not {"backbone_type", "feature_dim"} <= metadata.keys():
         raise ValueError("expected a file of save_model, which names its backbone_type and feature_dim; "
                          f"{path} does not")
-    model = EmbeddingModel(metadata["backbone_type"], metadata["feature_dim"], weights="random")
-    model.class_names = metadata.get("class_names", [])  # older files have none
+    layer_norm = metadata.get("layer_norm", True)  # older files say nothing of it, nor of their classes
+    model = EmbeddingModel(metadata["backbone_type"], metadata["feature_dim"], weights="random", layer_norm=layer_norm)
+    model.class_names = metadata.get("class_names", [])
     load_plain_state(model, tensors, path)
     check_finite(tensors, path, model.state_dict())
     return model.eval()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Step', 'take_step', 'train']
 
-# %% ../../nbs/training/loop.ipynb #7d5435e2
+# %% ../../nbs/training/loop.ipynb #a405bbfb
 import math
 import sys
 import warnings
@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..evaluation.collapse import collapse_signs, geometry
+from ..evaluation.collapse import collapse_signs, geometry, ordered_pairs
 from ..model import EmbeddingModel, save_model
 from ..processes import sum_over_processes, world
 from .batches import batches, by_class, fills, shuffled
@@ -110,12 +110,12 @@ def _too_large(step, optimizer, pixels, labels, count: int) -> str:
     return (f"expected a batch of {count} images to fit into the memory of {pixels.device}, it does not; {advice}. "
             "Precision bf16 takes about half, and a batch may be shared by several devices")
 
-# %% ../../nbs/training/loop.ipynb #58800d5d
+# %% ../../nbs/training/loop.ipynb #9ea39126
 def _pass(
     step: nn.Module, state: TrainingState, batches: Iterator, advance: Callable[[], None],
-) -> tuple[float, int, torch.Tensor]:
-    "One pass of this process: sum of the losses, images of all, and second moments of the embeddings (D, D)."
-    total, seen, moments, exhausted = 0.0, 0, None, False
+) -> tuple[float, int, torch.Tensor, torch.Tensor]:
+    "One pass of this process: sum of the losses, images of all, second moments (D, D) and ordered pairs (2,)."
+    total, seen, moments, order, exhausted = 0.0, 0, 0.0, 0.0, False
     step.train()
     for pixels, labels, count in batches:
         try:
@@ -125,18 +125,16 @@ def _pass(
         if exhausted:  # not within the except: there the error keeps all tensors alive
             raise MemoryError(_too_large(step, state.optimizer, pixels, labels, count))
         total, seen = total + loss.item() * count, seen + count
-        moments = embeddings.new_zeros(embeddings.shape[1], embeddings.shape[1]) if moments is None else moments
-        moments.addmm_(embeddings.T, embeddings)
+        moments, order = moments + embeddings.T @ embeddings, order + ordered_pairs(embeddings, labels)
         advance()
-    return total, seen, moments
+    return total, seen, moments, order
 
-# %% ../../nbs/training/loop.ipynb #201cda70
-def _over_processes(total: float, moments: torch.Tensor, images: int, criterion: nn.Module) -> dict:
+# %% ../../nbs/training/loop.ipynb #495050f9
+def _over_processes(total: float, images: int, moments: torch.Tensor, order: torch.Tensor, proxies) -> dict:
     "Mean loss of an image, and the geometry of embeddings and proxies."
     total = sum_over_processes(torch.tensor(total, dtype=torch.float64)).item()
     loss = total / world()[1] / images
-    proxies, chance = getattr(criterion, "proxies", None), getattr(criterion, "chance", None)
-    return {"loss": loss, "geometry": geometry(sum_over_processes(moments), proxies, loss, chance)}
+    return {"loss": loss, "geometry": geometry(sum_over_processes(moments), sum_over_processes(order), proxies)}
 
 # %% ../../nbs/training/loop.ipynb #215179de
 class _Plan(NamedTuple):
@@ -167,7 +165,7 @@ def _beginning(model: nn.Module, criterion: nn.Module, plan: _Plan, folder, sett
     resume(folder, state, settings)
     return state
 
-# %% ../../nbs/training/loop.ipynb #2ceac8c2
+# %% ../../nbs/training/loop.ipynb #9f99891c
 def _train_epoch(step, state: TrainingState, images: Dataset, epoch: int, plan: _Plan, workers: int, bar: tqdm) -> dict:
     "Trains an epoch, and begins its entry in the history."
     seed_everything(plan.seed, epoch)
@@ -176,8 +174,8 @@ def _train_epoch(step, state: TrainingState, images: Dataset, epoch: int, plan: 
     rows = plan.rows(images)
     bar.total = len(rows)
     read = batches(Seeded(images, plan.seed, epoch), rows, workers, next(step.parameters()).device)
-    total, seen, moments = _pass(step, state, read, bar.update)
-    return {"epoch": epoch, "lr": lr, **_over_processes(total, moments, seen, state.criterion)}
+    sums = _pass(step, state, read, bar.update)
+    return {"epoch": epoch, "lr": lr, **_over_processes(*sums, getattr(state.criterion, "proxies", None))}
 
 # %% ../../nbs/training/loop.ipynb #232c72b6
 def _check_numbers(plan: _Plan, patience: int):
@@ -212,14 +210,16 @@ def _check_training(model: nn.Module, images: Dataset, plan: _Plan, patience: in
     check_recipe(num_epochs=plan.num_epochs, warm_up=plan.warm_up, patience=patience, validated=bool(select))
     _check_batches(images, plan)
 
-# %% ../../nbs/training/loop.ipynb #65ea5738
-def _judge(model: nn.Module, validate: Callable | None, select: str | None, floor: float | None, entry: dict):
-    "Adds validation and signs of a collapse to the entry of an epoch."
+# %% ../../nbs/training/loop.ipynb #08896cdc
+def _judge(model: nn.Module, validate: Callable | None, select: str | None, before: dict | None, entry: dict):
+    "Adds validation and signs of a collapse to the entry of an epoch, and to the first one what was before."
     entry["validation"] = validate(model) if validate else {}
     if select and select not in entry["validation"]:
         raise ValueError(f"expected validate to give {select}, by which the epoch is chosen, "
                          f"got {', '.join(entry['validation'])}")
-    entry["collapse"] = collapse_signs(entry, select, floor)
+    entry["collapse"] = collapse_signs(entry, before)
+    if before and entry["epoch"] == 1:
+        entry["before"] = before
 
 
 def _keep(folder: str | Path | None, state: TrainingState, select: str | None, settings: dict, log: EpochLog):
@@ -271,7 +271,7 @@ def _one_epoch(step, state: TrainingState, images: Dataset, epoch: int, plan: _P
     state.history.append(entry)
     _tell(bar, entry, select)
 
-# %% ../../nbs/training/loop.ipynb #e11ced0f
+# %% ../../nbs/training/loop.ipynb #a064fbac
 def train(
     model: EmbeddingModel,  # trained in place, on its device
     criterion: nn.Module,  # a loss, called with embeddings and class indices; its parameters are trained too
@@ -292,14 +292,14 @@ def train(
     compiled: bool = False,  # the model through torch.compile
     validate: Callable[[EmbeddingModel], dict] | None = None,  # metrics after each epoch
     select: str | None = "recall@1",  # which of them chooses the best epoch; None, or no validation: the last
-    floor: float | None = None,  # of that metric, what the features before training reach
+    before: dict | None = None,  # the metrics of `validate` for the features before training
     stop_on_collapse: bool = False,  # after three epochs in a row with signs of one
     watch: Callable[[int], None] | None = None,  # called with the number of each finished epoch, first with 0
     folder: str | Path | None = None,  # where checkpoints and log go, and where an interrupted run is found
     settings: dict | None = None,  # what else a checkpoint has to agree with; JSON values
     num_workers: int = 0,  # processes that read images
     progress: bool = True,  # a line for each epoch
-) -> list[dict]:  # one entry an epoch: epoch, lr, loss, geometry, validation, collapse (its signs)
+) -> list[dict]:  # one entry an epoch: epoch, lr, loss, geometry, validation, collapse (its signs); the first: before
     "Trains, or goes on with what `folder` holds. Raises ValueError before any work, MemoryError on too large a batch."
     own, select = folder if world()[0] == 0 else None, select if validate else None
     plan = _Plan(lr, lr_factor, projection_lr_factor, weight_decay, batch_size, per_class, num_epochs, warm_up,
@@ -309,7 +309,7 @@ def train(
     state = _beginning(model, criterion, plan, folder, settings)
     if watch and not state.history:
         watch(0)
-    judge = partial(_judge, model, validate, select, floor)
+    judge = partial(_judge, model, validate, select, before)
     with EpochLog(own) as log:
         for epoch, step in _trained_epochs(state, plan, compiled, select, patience, stop_on_collapse):
             _one_epoch(step, state, images, epoch, plan, num_workers, judge, select, progress)

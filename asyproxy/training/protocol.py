@@ -83,7 +83,7 @@ def taken_by(
     names = inspect.signature(function).parameters
     return {name: getattr(experiment, name) for name in names if hasattr(experiment, name)}
 
-# %% ../../nbs/training/protocol.ipynb #c07ff19b
+# %% ../../nbs/training/protocol.ipynb #e49c6fe4
 def load_images(
     experiment: Experiment,  # or another dataclass with its parameters of images
 ) -> ImageData:
@@ -96,7 +96,10 @@ def starting_model(
 ) -> EmbeddingModel:  # on the CPU
     "The model that an experiment starts from: it follows from the seed."
     seed_everything(experiment.seed)
-    return EmbeddingModel(experiment.backbone_type, experiment.feature_dim, weights=experiment.weights)
+    model = EmbeddingModel(experiment.backbone_type, experiment.feature_dim, weights=experiment.weights,
+                           layer_norm=experiment.layer_norm)
+    model.frozen_norm = experiment.frozen_norm
+    return model
 
 
 def starting_loss(
@@ -114,8 +117,8 @@ def _begin_at_means(criterion: nn.Module, model: EmbeddingModel, images: Dataset
     moved = move_proxies(proxies, embeddings.to(proxies.device), labels.to(proxies.device), 1.0)
     place_proxies(proxies, moved)
 
-# %% ../../nbs/training/protocol.ipynb #e2354e97
-SELECT = "recall@1"  # the metric that the epoch is chosen by
+# %% ../../nbs/training/protocol.ipynb #80ededd1
+SELECT = "map@r"  # the metric that the epoch is chosen by
 
 
 def _validation(experiment: Experiment, data: ImageData, rows) -> Callable[..., dict]:
@@ -155,7 +158,7 @@ def _of_loss(experiment: Experiment) -> dict:
     return {"lr_factor": lr_factor(experiment.loss, experiment.loss_options),
             "per_class": per_class(experiment.loss, experiment.loss_options)}
 
-# %% ../../nbs/training/protocol.ipynb #bbb0f476
+# %% ../../nbs/training/protocol.ipynb #52b1ff56
 def _train(experiment: Experiment, folder: Path, device: torch.device, data: ImageData, settings: dict) -> list[dict]:
     "In one process, which may be one of many."
     train_rows, validation_rows = hold_out_classes(data, experiment.validation, experiment.seed)
@@ -167,8 +170,8 @@ def _train(experiment: Experiment, folder: Path, device: torch.device, data: Ima
     if experiment.initial_proxies == "means" or LOSSES[experiment.loss].at_means:
         _begin_at_means(criterion, model, ImageSet(data, train_rows), experiment.num_workers)
     validate, select = _validation(experiment, data, validation_rows), SELECT if experiment.validation else None
-    floor = validate(model, features=True)[SELECT] if select else None
-    history = train(model, criterion, images, validate=validate, select=select, floor=floor, folder=folder,
+    before = validate(model, features=True) if select else None
+    history = train(model, criterion, images, validate=validate, select=select, before=before, folder=folder,
                     settings=settings, **_of_loss(experiment), **taken_by(train, experiment))
     if world()[0] == 0:
         save_model(model, folder / "last_model.safetensors")
@@ -310,7 +313,7 @@ def run_experiment(
     return {"metrics": metrics, "history": history, "select": SELECT, "collapse": history[-1]["collapse"],
             "data": {"name": data.name, **data.fingerprint(), **data.about}}
 
-# %% ../../nbs/training/protocol.ipynb #5bad7d81
+# %% ../../nbs/training/protocol.ipynb #dd215be0
 def try_experiment(
     experiment: Experiment,  # what to train
     folder: str | Path,  # for checkpoints and models
@@ -321,7 +324,7 @@ def try_experiment(
     try:
         history = train_experiment(experiment, folder, data)
         model = load_model(Path(folder, "last_model.safetensors")).to(pick_device(experiment.device))
-        recall = evaluate(model, *test_sets(data), recalls=(1,))["dense"][SELECT]
+        recall = evaluate(model, *test_sets(data), recalls=(1,))["dense"]["recall@1"]
         signs = history[-1]["collapse"]
     except Diverged:
         history, signs = [], ["it diverged"]

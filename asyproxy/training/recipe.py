@@ -43,7 +43,7 @@ def _of_model(model: nn.Module, projection_lr_factor: float, weight_decay: float
         groups.setdefault((factor, decay), []).append(parameter)
     return [{"params": params, "factor": factor, "weight_decay": decay} for (factor, decay), params in groups.items()]
 
-# %% ../../nbs/training/recipe.ipynb #ff0b881f
+# %% ../../nbs/training/recipe.ipynb #c2cade9a
 def build_optimizer(
     model: nn.Module,  # on its device, with a projection
     criterion: nn.Module,  # the loss
@@ -57,7 +57,7 @@ def build_optimizer(
         raise ValueError(f"expected lr_factor for a loss that has parameters to train ({len(own)} tensors), got None")
     if own:
         groups.append({"params": own, "factor": lr_factor})
-    fused = next(model.parameters()).device.type == "cuda" or None
+    fused = next(model.parameters()).device.type in ("cpu", "cuda") or None  # a tenth of a step of lite0 on a CPU
     return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=fused)
 
 # %% ../../nbs/training/recipe.ipynb #abdef793
