@@ -129,12 +129,12 @@ def _pass(
         advance()
     return total, seen, moments, order
 
-# %% ../../nbs/training/loop.ipynb #495050f9
+# %% ../../nbs/training/loop.ipynb #ac326bd9
 def _over_processes(total: float, images: int, moments: torch.Tensor, order: torch.Tensor, proxies) -> dict:
-    "Mean loss of an image, and the geometry of embeddings and proxies."
+    "Images that were seen, their mean loss, and the geometry of embeddings and proxies."
     total = sum_over_processes(torch.tensor(total, dtype=torch.float64)).item()
     loss = total / world()[1] / images
-    return {"loss": loss, "geometry": geometry(sum_over_processes(moments), sum_over_processes(order), proxies)}
+    return {"images": images, "loss": loss, "geometry": geometry(sum_over_processes(moments), sum_over_processes(order), proxies)}
 
 # %% ../../nbs/training/loop.ipynb #215179de
 class _Plan(NamedTuple):
@@ -271,7 +271,7 @@ def _one_epoch(step, state: TrainingState, images: Dataset, epoch: int, plan: _P
     state.history.append(entry)
     _tell(bar, entry, select)
 
-# %% ../../nbs/training/loop.ipynb #a064fbac
+# %% ../../nbs/training/loop.ipynb #deb8f0af
 def train(
     model: EmbeddingModel,  # trained in place, on its device
     criterion: nn.Module,  # a loss, called with embeddings and class indices; its parameters are trained too
@@ -299,7 +299,7 @@ def train(
     settings: dict | None = None,  # what else a checkpoint has to agree with; JSON values
     num_workers: int = 0,  # processes that read images
     progress: bool = True,  # a line for each epoch
-) -> list[dict]:  # one entry an epoch: epoch, lr, loss, geometry, validation, collapse (its signs); the first: before
+) -> list[dict]:  # an entry an epoch: epoch, lr, images, loss, geometry, validation, collapse; the first also before
     "Trains, or goes on with what `folder` holds. Raises ValueError before any work, MemoryError on too large a batch."
     own, select = folder if world()[0] == 0 else None, select if validate else None
     plan = _Plan(lr, lr_factor, projection_lr_factor, weight_decay, batch_size, per_class, num_epochs, warm_up,
