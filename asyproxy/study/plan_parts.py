@@ -168,11 +168,11 @@ def _best_of(name, before: list[Part], names: list[str]) -> Part:
                          f"{hint(name, searches)}")
     return searches[name]
 
-# %% ../../nbs/study/plan_parts.ipynb #9c5ac549
-def _matched(search: Part, fixed: dict, points: list[dict]) -> list[tuple[int, dict]]:
+# %% ../../nbs/study/plan_parts.ipynb #c1cf8267
+def _matched(search: Part, fixed: dict, points: list[dict], where: dict) -> list[tuple[int, dict]]:
     "Each point of a search with the points that agree with it. Raises ValueError on one that agrees with none."
     for name in search.varied:
-        if name in fixed and any(point.get(name) == fixed[name] for point in search.points):
+        if name in fixed and name not in where and any(point.get(name) == fixed[name] for point in search.points):
             raise ValueError(f"expected {name} in grid, where it says whose winner is taken, got it in fixed, "
                              f"which is set over the winner of every {name}")
     def agree(one: dict, other: dict) -> bool:
@@ -181,11 +181,14 @@ def _matched(search: Part, fixed: dict, points: list[dict]) -> list[tuple[int, d
         if not any(agree(point, other) for other in search.points):
             shared = {name: value for name, value in point.items() if name in search.varied}
             raise ValueError(f"expected points of the search {search.name}, got {in_words(shared)}")
-    return [(place, fixed | point) for place, other in enumerate(search.points) for point in points
-            if agree(point, other)]
+    places = [place for place, point in enumerate(search.points) if where.items() <= point.items()]
+    found = [(place, fixed | point) for place in places for point in points if agree(point, search.points[place])]
+    if not found:
+        raise ValueError(f"expected points of the search {search.name}, got {in_words(where)}")
+    return found
 
-# %% ../../nbs/study/plan_parts.ipynb #ad3ad272
-KEYS = ("name", "notebook", "fixed", "list", "grid", "search", "best_of")
+# %% ../../nbs/study/plan_parts.ipynb #dde7841b
+KEYS = ("name", "notebook", "fixed", "list", "grid", "search", "best_of", "where")
 
 
 def _plain(mapping: dict, notebook: Notebook) -> tuple[Part, dict, list[dict]]:
@@ -197,7 +200,7 @@ def _plain(mapping: dict, notebook: Notebook) -> tuple[Part, dict, list[dict]]:
     check_once([set(fixed), set(varied)], "fixed, list and grid")
     return Part(mapping["name"], notebook.name, tuple(fixed | point for point in points), varied), fixed, points
 
-# %% ../../nbs/study/plan_parts.ipynb #9c64ccaf
+# %% ../../nbs/study/plan_parts.ipynb #f05d88ba
 def read_part(
     mapping: dict,  # from YAML
     before: list[Part],  # those above it
@@ -212,8 +215,12 @@ def read_part(
     if search and notebook.name != search.notebook:
         raise ValueError(f"expected the notebook of the search, {search.notebook}, got {notebook.name}")
     part, fixed, points = _plain(mapping, notebook)
+    if "where" in mapping and not search:
+        raise ValueError("expected where beside best_of, whose winners it chooses, got no best_of")
     if search:
-        places, points = zip(*_matched(search, fixed, points))
+        with at("where"):
+            where = notebook.fitted(mapping_of(mapping["where"], search.varied)) if "where" in mapping else {}
+        places, points = zip(*_matched(search, fixed, points, where))
         return replace(part, points=points, best_of=search.name, taken=places), notebook
     if "search" in mapping:
         with at("search"):
