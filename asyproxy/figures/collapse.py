@@ -51,7 +51,7 @@ def collapse_grid(
     place_legend(ax, handles, labels, fontsize=7)
     return figure
 
-# %% ../../nbs/figures/collapse.ipynb #d40d5ef3
+# %% ../../nbs/figures/collapse.ipynb #06ef79f4
 def _measures(name: str, history: list[dict], select: str) -> pd.DataFrame:
     "The history of a run, a row an epoch, with a column for each panel."
     rows = []
@@ -59,7 +59,7 @@ def _measures(name: str, history: list[dict], select: str) -> pd.DataFrame:
         geometry = entry["geometry"]
         rows.append({"epoch": entry["epoch"], "effective rank": geometry["effective_rank"],
                      "mean cosine of proxies": geometry.get("proxy_cosine", np.nan),
-                     "loss / ln C": geometry.get("loss_of_chance", np.nan),
+                     "separation of classes": geometry.get("separation", np.nan),
                      f"validation {select.replace('recall', 'Recall')} (%)": 100 * entry["validation"][select]})
     return pd.DataFrame(rows).assign(run=name)
 

@@ -55,10 +55,11 @@ def group_label(
     "What a legend says of runs that differ by nothing but their seed."
     return clipped(", ".join(text for text in (loss_name(loss), settings) if text), width)
 
-# %% ../../nbs/figures/results.ipynb #348833ee
+# %% ../../nbs/figures/results.ipynb #535951a6
 def _draw_sweep(ax: plt.Axes, runs: pd.DataFrame, x: str, y: str, style: dict):
-    "One line of a panel, its runs as points and the failed ones as crosses."
-    curve(ax, runs, x, y, ms=5, zorder=3, **style)
+    "One line of a panel, its runs as points and the failed ones as crosses; two runs give no interval to speak of."
+    shaded = bool((runs.groupby(x)[y].count() > 2).any())
+    curve(ax, runs, x, y, ms=5, zorder=3, shaded=shaded, **style)
     ax.plot(runs[x], runs[y], style["marker"], color=style["color"], ms=2.5, alpha=0.7)
     for value in runs.loc[runs[y].isna(), x]:
         ax.plot(value, 0.02, "x", color=style["color"], ms=5, transform=ax.get_xaxis_transform(), clip_on=False)

@@ -52,16 +52,17 @@ def look(
     return {"color": colour(number), "marker": MARKERS[number % len(MARKERS)], "linestyle": LINES[number % 4],
             "markerfacecolor": "white", "markeredgecolor": colour(number), "markeredgewidth": 1.0}
 
-# %% ../../nbs/figures/style.ipynb #7126dfc4
+# %% ../../nbs/figures/style.ipynb #487664ee
 NAMES = {"moving": "moving proxies", "learnable": "learnable proxies"}  # how a loss is called in a figure
 LOSSES = ["moving", "learnable", "before training"]  # in the order of their colours; others follow as they are met
 
 
 def loss_name(
-    loss: str,  # value of the parameter `loss`, or "before training"
+    loss: str,  # value of the parameter `loss`, such as moving; "moving with margin", "before training"
 ) -> str:
     "How a loss is called in figures and tables."
-    return NAMES.get(loss, loss.replace("_", " "))
+    name, with_what, margin = loss.partition(" with ")
+    return NAMES.get(name, name.replace("_", " ")) + with_what + margin
 
 
 def loss_number(

@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['be_deterministic', 'pick_device', 'Step', 'best_epoch', 'take_step', 'train', 'check_experiment', 'evaluate',
-           'load_images', 'run_experiment', 'starting_model', 'test_model', 'train_experiment', 'try_experiment']
+           'load_images', 'run_experiment', 'starting_model', 'test_model', 'train_experiment']
 
-# %% ../../nbs/training/index.ipynb #5bad97c5
+# %% ../../nbs/training/index.ipynb #a7cc3292
 from .devices import be_deterministic, pick_device
 from .loop import Step, take_step, train
 from asyproxy.training.protocol import (
     check_experiment, evaluate, load_images, run_experiment, starting_model, test_model, train_experiment,
-    try_experiment,
 )
 from .recipe import best_epoch
 
 _all_ = ["be_deterministic", "pick_device", "Step", "best_epoch", "take_step", "train",
          "check_experiment", "evaluate", "load_images", "run_experiment", "starting_model",
-         "test_model", "train_experiment", "try_experiment"]
+         "test_model", "train_experiment"]

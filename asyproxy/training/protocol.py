@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SELECT', 'both_codes', 'photos_of', 'evaluate', 'taken_by', 'load_images', 'starting_model', 'starting_loss',
            'checkpoint_settings', 'check_experiment', 'train_experiment', 'main', 'test_experiment', 'run_experiment',
-           'try_experiment', 'test_model']
+           'test_model']
 
 # %% ../../nbs/training/protocol.ipynb #33e434ff
 import inspect
@@ -312,25 +312,6 @@ def run_experiment(
     metrics = test_experiment(experiment, folder, data, history) if experiment.with_test else {}
     return {"metrics": metrics, "history": history, "select": SELECT, "collapse": history[-1]["collapse"],
             "data": {"name": data.name, **data.fingerprint(), **data.about}}
-
-# %% ../../nbs/training/protocol.ipynb #dd215be0
-def try_experiment(
-    experiment: Experiment,  # what to train
-    folder: str | Path,  # for checkpoints and models
-    data: ImageData,  # its images
-) -> dict:  # recall (Recall@1 of the last model on the test classes; None: it diverged), flagged, signs, history
-    "Trains, and tests the last epoch alone. Raises what `train_experiment` raises, except that a run may diverge."
-    recall = None
-    try:
-        history = train_experiment(experiment, folder, data)
-        model = load_model(Path(folder, "last_model.safetensors")).to(pick_device(experiment.device))
-        recall = evaluate(model, *test_sets(data), recalls=(1,))["dense"]["recall@1"]
-        signs = history[-1]["collapse"]
-    except Diverged:
-        history, signs = [], ["it diverged"]
-    told = f", {'; '.join(signs)}" if signs else ""
-    print(f"momentum {experiment.momentum:g}, lr {experiment.lr:g}: Recall@1 {recall or 0:.1%}{told}", flush=True)
-    return {"recall": recall, "flagged": bool(signs), "signs": signs, "history": history}
 
 # %% ../../nbs/training/protocol.ipynb #7d27c562
 def test_model(
