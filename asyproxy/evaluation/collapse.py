@@ -28,11 +28,11 @@ def mean_cosine(
     count, total = len(proxies), torch.nn.functional.normalize(proxies.detach().float()).sum(0).double()
     return ((total @ total).item() - count) / (count * (count - 1))
 
-# %% ../../nbs/evaluation/collapse.ipynb #8fbb80b5
+# %% ../../nbs/evaluation/collapse.ipynb #4333dd65
 def ordered_pairs(
     embeddings: torch.Tensor,  # (B, D), rows of one length
     labels: torch.Tensor,  # (B,), integers
-) -> torch.Tensor:  # (2,), float64: sum over pairs of one class of the share of other pairs that are less near, and pairs
+) -> torch.Tensor:  # (2,), float64: over pairs of one class the sum of the shares of others below; their number
     "What a batch adds to the separation of an epoch; equal cosines count half."
     first, second = torch.triu_indices(len(labels), len(labels), 1, device=labels.device)
     cosines, alike = (embeddings @ embeddings.T)[first, second], labels[first] == labels[second]

@@ -7,7 +7,7 @@ __all__ = ['LOSSES', 'LossEntry', 'Option', 'build_loss', 'loss_options', 'lr_fa
            'RowWiseProxyLoss', 'LearnableProxyLoss', 'AsymptoticProxyLoss', 'move_proxies', 'Diverged', 'cross_entropy',
            'place_proxies', 'proxy_similarities']
 
-# %% ../../nbs/loss/index.ipynb #1bcd6eab
+# %% ../../nbs/loss/index.ipynb #032064ac
 from .catalogue import LOSSES, LossEntry, Option, build_loss, loss_options, lr_factor, per_class
 from .gradient import GradientProxyLoss, RowWiseProxyLoss
 from .learnable import LearnableProxyLoss
@@ -15,5 +15,5 @@ from .moving import AsymptoticProxyLoss, move_proxies
 from .proxies import Diverged, cross_entropy, place_proxies, proxy_similarities
 
 _all_ = ["LOSSES", "LossEntry", "Option", "build_loss", "loss_options", "lr_factor", "per_class", "GradientProxyLoss",
-         "RowWiseProxyLoss", "LearnableProxyLoss", "AsymptoticProxyLoss", "move_proxies", "Diverged", "cross_entropy", "place_proxies",
-         "proxy_similarities"]
+         "RowWiseProxyLoss", "LearnableProxyLoss", "AsymptoticProxyLoss", "move_proxies", "Diverged", "cross_entropy",
+         "place_proxies", "proxy_similarities"]

@@ -141,10 +141,10 @@ def _value(name: str, option: str, value: float | str) -> float | str:
         pass
     raise ValueError(f"expected options of {name}, which has {_described(name)}; got {option}={value}")
 
-# %% ../../nbs/loss/catalogue.ipynb #65b07236
+# %% ../../nbs/loss/catalogue.ipynb #cf225ae9
 def loss_options(
     name: str,  # a key of LOSSES
-    options: str | Mapping[str, float | str] = "",  # those that differ from their defaults, "margin=0.2,alpha=16" or a dict
+    options: str | Mapping[str, float | str] = "",  # other than the defaults, "margin=0.2,alpha=16" or a dict
 ) -> dict[str, float | str]:  # all options of the loss, in the order of its entry
     "Raises ValueError on an unknown loss or option, and on a value that is no number or out of range."
     values = {option: _value(name, option, value) for option, value in _split(options).items()}

@@ -24,13 +24,13 @@ def _blocks(slopes: torch.Tensor, threshold: float) -> Iterator[slice | torch.Te
     else:
         yield from (slice(start, start + _BLOCK) for start in range(0, slopes.shape[1], _BLOCK))
 
-# %% ../../nbs/loss/gradient.ipynb #688808b4
+# %% ../../nbs/loss/gradient.ipynb #dcc4e659
 @torch.no_grad()
 def push_in_place(
     proxies: torch.Tensor,  # (C, D), rows of unit length, which are written
     embeddings: torch.Tensor,  # (B, D), rows of unit length
     slopes: torch.Tensor,  # (B, C): softmax, minus one for the own class
-    rate: Callable[[slice | torch.Tensor, torch.Tensor], torch.Tensor | float],  # rows (R), g (R, D) -> (R, 1) or number
+    rate: Callable[[slice | torch.Tensor, torch.Tensor], torch.Tensor | float],  # rows (R), g (R, D) -> (R, 1) or one
     threshold: float = 0.0,  # rows whose slopes are all this small stay; 0: none
 ):
     "Moves proxies along the negative gradient of the loss: normalise(p + rate * g)."

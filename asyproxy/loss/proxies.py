@@ -7,9 +7,7 @@ __all__ = ['check_sizes', 'random_proxies', 'place_proxies', 'full_precision', '
            'cross_entropies', 'cross_entropy', 'check_share', 'Diverged', 'check_shapes', 'check_call', 'check_values',
            'check_temperature', 'whole_batch']
 
-# %% ../../nbs/loss/proxies.ipynb #60ff7f39
-import math
-
+# %% ../../nbs/loss/proxies.ipynb #9850ea8a
 import torch
 import torch.nn.functional as F
 

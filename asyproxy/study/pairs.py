@@ -16,11 +16,11 @@ import pandas as pd
 
 from ..uncertainty import half_width
 
-# %% ../../nbs/study/pairs.ipynb #79bf1ec0
+# %% ../../nbs/study/pairs.ipynb #2949c6f7
 class Difference(NamedTuple):
     "Of one metric, in percentage points: second minus first."
     pairs: int  # with both
-    mean: float
+    mean: float  # of the differences
     low: float  # end of the 95 % interval of the mean; NaN with one pair
     high: float  # likewise
     p: float  # two-sided, of the sign-flip test

@@ -129,12 +129,13 @@ def _pass(
         advance()
     return total, seen, moments, order
 
-# %% ../../nbs/training/loop.ipynb #ac326bd9
+# %% ../../nbs/training/loop.ipynb #2f483093
 def _over_processes(total: float, images: int, moments: torch.Tensor, order: torch.Tensor, proxies) -> dict:
     "Images that were seen, their mean loss, and the geometry of embeddings and proxies."
     total = sum_over_processes(torch.tensor(total, dtype=torch.float64)).item()
     loss = total / world()[1] / images
-    return {"images": images, "loss": loss, "geometry": geometry(sum_over_processes(moments), sum_over_processes(order), proxies)}
+    measures = geometry(sum_over_processes(moments), sum_over_processes(order), proxies)
+    return {"images": images, "loss": loss, "geometry": measures}
 
 # %% ../../nbs/training/loop.ipynb #215179de
 class _Plan(NamedTuple):

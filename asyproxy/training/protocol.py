@@ -7,7 +7,7 @@ __all__ = ['SELECT', 'both_codes', 'photos_of', 'evaluate', 'taken_by', 'load_im
            'checkpoint_settings', 'check_experiment', 'train_experiment', 'main', 'test_experiment', 'run_experiment',
            'test_model']
 
-# %% ../../nbs/training/protocol.ipynb #33e434ff
+# %% ../../nbs/training/protocol.ipynb #290d4d24
 import inspect
 import json
 import sys
@@ -23,7 +23,7 @@ from ..data import ImageData, ImageSet, hold_out_classes, load_data, test_rows, 
 from ..evaluation import check_answers, retrieval_metrics
 from ..experiment import Experiment, identity, numbers, parameters, user_path
 from ..files import write_atomically
-from ..loss import LOSSES, Diverged, build_loss, lr_factor, move_proxies, per_class, place_proxies
+from ..loss import LOSSES, build_loss, lr_factor, move_proxies, per_class, place_proxies
 from ..model import EmbeddingModel, check_image_size, embed, load_model, save_model
 from ..processes import joined, once, world
 from ..retrieval import build_database
