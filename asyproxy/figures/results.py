@@ -209,16 +209,16 @@ def _draw_cost(ax: plt.Axes, runs: pd.DataFrame, column: str):
         labels.append(f"{clipped(method, lines=2)}: $N^{{{_slope(n, values):.1f}}}$")
     place_legend(ax, ax.lines, labels, fontsize=6.5)
 
-# %% ../../nbs/figures/results.ipynb #91519fb4
+# %% ../../nbs/figures/results.ipynb #7bb10711
 def scaling(
-    runs: pd.DataFrame,  # one row a measurement, with the columns method, n, seconds and memory_mb
+    runs: pd.DataFrame,  # one row a measurement, with the columns method, n and those of `ys`
+    ys: dict[str, str],  # column on the vertical axis of a panel -> its label
     *,
-    xlabel: str = "images N",  # of both panels
-    memory: str = "memory beyond the embeddings (MB)",  # label of the second panel
+    xlabel: str = "images N",  # of all panels
 ) -> plt.Figure:
-    "Two panels, one line a method."
-    figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.7), layout="constrained")
-    for ax, (column, label) in zip(axes, {"seconds": "seconds", "memory_mb": memory}.items()):
+    "One panel a measure, one line a method."
+    figure, axes = plt.subplots(1, len(ys), figsize=(3.2 * len(ys), 2.7), squeeze=False, layout="constrained")
+    for ax, (column, label) in zip(axes[0], ys.items()):
         ax.set(xlabel=xlabel, ylabel=label, xscale="log", yscale="log")
         _draw_cost(ax, runs, column)
     return figure
