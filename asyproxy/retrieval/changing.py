@@ -85,12 +85,13 @@ def _together(databases: Sequence[EmbeddingDatabase]) -> pd.DataFrame:
     return joined_items([table if database.about["root"] == root else _absolute(table, database.about["root"])
                          for table, database in zip(tables, databases)])
 
-# %% ../../nbs/retrieval/changing.ipynb #77c337d8
+# %% ../../nbs/retrieval/changing.ipynb #2e1441c4
 def _about(databases: Sequence[EmbeddingDatabase]) -> dict:
     "What is known of all of them."
     about = next((carried(one) for one in databases if one.model_path), carried(databases[0]))
     names = dict.fromkeys(database.about["data_name"] for database in databases)
-    return {**about, "threshold": None, "root": databases[0].about["root"], "data_name": " + ".join(filter(None, names)),
+    return {**about, "threshold": None, "root": databases[0].about["root"],
+            "data_name": " + ".join(filter(None, names)),
             "fingerprint": about["fingerprint"] if _same_data(databases) else None,
             "skipped": sum(database.about["skipped"] for database in databases)}
 

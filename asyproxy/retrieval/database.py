@@ -42,8 +42,9 @@ def packed(
     "The signs."
     return np.packbits(np.asarray(embeddings) > 0, axis=1)
 
-# %% ../../nbs/retrieval/database.ipynb #4d20f0bb
-ABOUT = {"data_name": "", "fingerprint": None, "model": None, "view": None, "root": None, "threshold": None, "skipped": 0}
+# %% ../../nbs/retrieval/database.ipynb #7b4120a1
+ABOUT = {"data_name": "", "fingerprint": None, "skipped": 0, "root": None,
+         "model": None, "view": None, "threshold": None}  # name -> what it is where nothing is known
 
 
 def _check_about(about: dict):

@@ -67,13 +67,14 @@ class Thumbnails:
     def __iter__(self) -> Iterator[bytes]:
         return map(self.encoded, range(len(self)))
 
-# %% ../../nbs/retrieval/thumbnails.ipynb #16e880e4
+# %% ../../nbs/retrieval/thumbnails.ipynb #04a9074c
 def gathered(
     pictures: Iterable[bytes],  # (N,), each of `thumbnail`, or empty
 ) -> Thumbnails:
     "All of them, in memory."
     pictures = list(pictures)
-    return Thumbnails(np.frombuffer(b"".join(pictures), np.uint8), np.cumsum([len(one) for one in pictures], dtype=np.int64))
+    ends = np.cumsum([len(picture) for picture in pictures], dtype=np.int64)
+    return Thumbnails(np.frombuffer(b"".join(pictures), np.uint8), ends)
 
 # %% ../../nbs/retrieval/thumbnails.ipynb #8eef0ff7
 def write_thumbnails(
