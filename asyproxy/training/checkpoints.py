@@ -195,7 +195,7 @@ def read_history(
         raise FileNotFoundError(f"expected a whole checkpoint in {folder}, found none")
     return found[2]["history"]
 
-# %% ../../nbs/training/checkpoints.ipynb #3aa43653
+# %% ../../nbs/training/checkpoints.ipynb #9368263f
 def _are_one(path: Path, other: Path) -> bool:
     "Whether two files hold the same model; their bytes may lie in another order."
     try:
@@ -219,3 +219,4 @@ def keep_results(
             last.unlink(missing_ok=True)
         if not models:
             best.unlink(missing_ok=True)
+            (place / "last_proxies.safetensors").unlink(missing_ok=True)

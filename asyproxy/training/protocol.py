@@ -7,7 +7,7 @@ __all__ = ['SELECT', 'both_codes', 'photos_of', 'evaluate', 'taken_by', 'load_im
            'checkpoint_settings', 'check_experiment', 'train_experiment', 'main', 'test_experiment', 'run_experiment',
            'test_model']
 
-# %% ../../nbs/training/protocol.ipynb #290d4d24
+# %% ../../nbs/training/protocol.ipynb #83ac172b
 import inspect
 import json
 import sys
@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from ..data import ImageData, ImageSet, hold_out_classes, load_data, test_rows, test_sets
 from ..evaluation import check_answers, retrieval_metrics
 from ..experiment import Experiment, identity, numbers, parameters, user_path
-from ..files import write_atomically
+from ..files import save_tensors, write_atomically
 from ..loss import LOSSES, build_loss, lr_factor, move_proxies, per_class, place_proxies
 from ..model import EmbeddingModel, check_image_size, embed, load_model, save_model
 from ..processes import joined, once, world
@@ -158,7 +158,7 @@ def _of_loss(experiment: Experiment) -> dict:
     return {"lr_factor": lr_factor(experiment.loss, experiment.loss_options),
             "per_class": per_class(experiment.loss, experiment.loss_options)}
 
-# %% ../../nbs/training/protocol.ipynb #52b1ff56
+# %% ../../nbs/training/protocol.ipynb #acdc1337
 def _train(experiment: Experiment, folder: Path, device: torch.device, data: ImageData, settings: dict) -> list[dict]:
     "In one process, which may be one of many."
     train_rows, validation_rows = hold_out_classes(data, experiment.validation, experiment.seed)
@@ -175,6 +175,8 @@ def _train(experiment: Experiment, folder: Path, device: torch.device, data: Ima
                     settings=settings, **_of_loss(experiment), **taken_by(train, experiment))
     if world()[0] == 0:
         save_model(model, folder / "last_model.safetensors")
+        if LOSSES[experiment.loss].proxies:
+            save_tensors(folder / "last_proxies.safetensors", {"proxies": criterion.proxies})
     return history
 
 # %% ../../nbs/training/protocol.ipynb #8bc26586
@@ -236,13 +238,13 @@ def check_experiment(
     if experiment.with_test:
         _check_tests(data, numbers(experiment.recalls))
 
-# %% ../../nbs/training/protocol.ipynb #e2153a36
+# %% ../../nbs/training/protocol.ipynb #56a212ed
 def train_experiment(
     experiment: Experiment,  # what to train, and how
     folder: str | Path,  # for checkpoints and models, on a disk that all processes share
     data: ImageData | None = None,  # its images, if they are loaded already
 ) -> list[dict]:  # the history, as of `train`
-    "Trains, or goes on; writes best.safetensors and last_model.safetensors. Raises what `train` and `launch` raise."
+    "Trains, or goes on; writes the best and the last model, and its proxies. Raises what `train` and `launch` raise."
     device, folder = pick_device(experiment.device), Path(folder)
     _check(experiment, device)
     data = load_images(experiment) if data is None else data
