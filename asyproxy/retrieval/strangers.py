@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['ASKED', 'conformal_place', 'fewest', 'calibrate']
 
-# %% ../../nbs/retrieval/strangers.ipynb #69c31b7e
+# %% ../../nbs/retrieval/strangers.ipynb #4030663f
 import math
 
 import numpy as np
 import torch
 
-from .asking import search, similarities
+from .asking import directions, similarities
 from .database import EmbeddingDatabase
 from .folder import with_about
 
@@ -35,15 +35,27 @@ def fewest(
     "The number of strangers that it takes to promise a rate."
     return math.ceil(round(1 / rate, 9)) - 1
 
-# %% ../../nbs/retrieval/strangers.ipynb #ec663253
+# %% ../../nbs/retrieval/strangers.ipynb #1d788fa2
+def _best(database: EmbeddingDatabase, queries: np.ndarray, binary: bool, places: np.ndarray | None = None) -> np.ndarray:
+    "(n,): the highest similarity; of items at places only to others of their class, -inf where there are none."
+    best, size = [np.zeros(0, np.float32)], max(1, 2**26 // len(database))
+    for start in range(0, len(queries), size):
+        similar = similarities(database, queries[start:start + size], binary)
+        if places is not None:
+            own = places[start:start + size]
+            others = database.photos[own, None] != database.photos
+            similar[~(others & (database.labels[own, None] == database.labels))] = -np.inf
+        best.append(similar.max(axis=1))
+    return np.concatenate(best)
+
+# %% ../../nbs/retrieval/strangers.ipynb #1e404337
 def _limits(database: EmbeddingDatabase, strangers: np.ndarray, rate: float) -> dict:
     "The least cosine, and the most differing bits, of a match."
     place = conformal_place(len(strangers), rate) - 1
-    cosine, minus_bits = (np.sort(search(database, strangers, 1, binary=binary)[0][:, 0])[place]
-                          for binary in (False, True))
+    cosine, minus_bits = (np.sort(_best(database, strangers, binary))[place] for binary in (False, True))
     return {"cosine": float(np.nextafter(cosine, np.float32(np.inf))), "bits": int(-minus_bits) - 1}
 
-# %% ../../nbs/retrieval/strangers.ipynb #6835412e
+# %% ../../nbs/retrieval/strangers.ipynb #d90f8e03
 ASKED = 2000  # items, at most
 
 
@@ -51,26 +63,19 @@ def _found(database: EmbeddingDatabase, limit: float, binary: bool) -> float | N
     "The share of items with another photograph of their class that is at least as similar; None: no class has two."
     places = np.flatnonzero(database.labels >= 0)
     places = places[np.linspace(0, len(places) - 1, min(ASKED, len(places))).astype(int)]
-    best = [np.zeros(0)]
-    for start in range(0, len(places), 64):
-        block = places[start:start + 64]
-        similar = similarities(database, np.asarray(database.embeddings[block]), binary)
-        own = database.labels[block, None] == database.labels
-        similar[~own | (database.photos[block, None] == database.photos)] = -np.inf
-        best.append(similar.max(axis=1))
-    best = np.concatenate(best)
+    best = _best(database, np.asarray(database.embeddings[places]), binary, places)
     return float((best[np.isfinite(best)] >= np.float32(limit)).mean()) if np.isfinite(best).any() else None
 
-# %% ../../nbs/retrieval/strangers.ipynb #789ae9a6
+# %% ../../nbs/retrieval/strangers.ipynb #47b2a043
 def calibrate(
     database: EmbeddingDatabase,  # in memory, or in a folder, whose manifest keeps the threshold
     strangers: np.ndarray | torch.Tensor,  # (n, D): embeddings of images whose classes are not in the database
     rate: float = 0.05,  # how many of further strangers may find a match, in (0, 1)
 ) -> EmbeddingDatabase:  # the same with a threshold: answers below it are no match
-    """Sets what is no match. Raises ValueError where there are too few strangers for the rate, or as `search` does.
+    """Sets what is no match. Raises ValueError where there are too few strangers for the rate, or they are not finite.
 
     The threshold: cosine (at least) and bits (at most) of a match, rate, strangers, and `found`: the share of items
     that find their own class above it, dense and binary."""
-    limits = _limits(database, strangers, rate)
+    limits = _limits(database, directions(database, strangers), rate)
     found = {"dense": _found(database, limits["cosine"], False), "binary": _found(database, -limits["bits"], True)}
     return with_about(database, threshold={**limits, "rate": rate, "strangers": len(strangers), "found": found})
