@@ -19,7 +19,7 @@ from ..model import EmbeddingModel, embed, load_model
 from ..model.embedding import model_hash
 from .database import EmbeddingDatabase, packed
 
-# %% ../../nbs/retrieval/asking.ipynb #02331848
+# %% ../../nbs/retrieval/asking.ipynb #6c7aa3c0
 def directions(
     database: EmbeddingDatabase,  # of D dimensions
     queries: np.ndarray | torch.Tensor,  # (Q, D), rows of any length but 0
@@ -35,7 +35,7 @@ def directions(
                          f"{wrong[0]} ({len(wrong)} such rows in {len(queries)})")
     return (queries / lengths).astype(np.float32)
 
-
+# %% ../../nbs/retrieval/asking.ipynb #5770f31c
 def _check_number(database: EmbeddingDatabase, retrieval_num: int, photos: np.ndarray):
     "Raises ValueError where a query cannot have so many answers."
     sizes = dict(zip(*np.unique(database.photos, return_counts=True)))
@@ -100,7 +100,7 @@ def _table(database: EmbeddingDatabase, queries: list, values: np.ndarray, posit
         "distance": -values.ravel().astype(int) if binary else 1 - values.ravel(),
         "match": _matches(database, values.ravel(), binary)})
 
-# %% ../../nbs/retrieval/asking.ipynb #59d8f8be
+# %% ../../nbs/retrieval/asking.ipynb #072afcd7
 def ask_embeddings(
     database: EmbeddingDatabase,  # any
     embeddings: np.ndarray | torch.Tensor,  # (Q, D), of the model of the database, of any length but 0
@@ -112,7 +112,7 @@ def ask_embeddings(
     found = search(database, embeddings, retrieval_num, binary=binary)
     return _table(database, list(range(len(embeddings))), *found, binary)
 
-
+# %% ../../nbs/retrieval/asking.ipynb #24524486
 def ask_items(
     database: EmbeddingDatabase,  # any
     positions: Sequence[int],  # (Q,), in 0 ... N - 1
@@ -128,7 +128,7 @@ def ask_items(
     found = search(database, database.embeddings[places], retrieval_num, binary=binary, photos=photos)
     return _table(database, places.tolist(), *found, binary)
 
-# %% ../../nbs/retrieval/asking.ipynb #63479b18
+# %% ../../nbs/retrieval/asking.ipynb #fb80116d
 def check_model(
     database: EmbeddingDatabase,  # any
     model: EmbeddingModel,  # that shall embed what asks it
@@ -141,7 +141,7 @@ def check_model(
         raise ValueError(f"expected the model that the database was made with (hash {ours}), got another one in {what} "
                          f"({digest[:16]}): its embeddings can't be compared with those of the database")
 
-
+# %% ../../nbs/retrieval/asking.ipynb #e55a4085
 def model_of(
     database: EmbeddingDatabase,  # in a folder, with a model that is kept in it or beside it
 ) -> EmbeddingModel:  # on the CPU
@@ -154,7 +154,7 @@ def model_of(
     check_model(database, model, str(path))
     return model
 
-# %% ../../nbs/retrieval/asking.ipynb #aea6b3f4
+# %% ../../nbs/retrieval/asking.ipynb #678f2802
 class _Files:
     "Image files as a data set without labels."
 
@@ -167,7 +167,7 @@ class _Files:
     def __getitem__(self, index: int):
         return self.transform(read_image(self.paths[index])), -1
 
-
+# %% ../../nbs/retrieval/asking.ipynb #344e9975
 def ask_images(
     database: EmbeddingDatabase,  # any whose view is known
     paths: str | Path | Sequence[str | Path],  # Q image files, of any kind that Pillow reads

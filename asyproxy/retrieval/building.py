@@ -98,7 +98,7 @@ def build_database(
         return EmbeddingDatabase(np.concatenate(list(blocks)), items, about, small)
     return write_database(folder, blocks, items, about, pictures=pictures, model=None if model_path else model)
 
-# %% ../../nbs/retrieval/building.ipynb #059b3b25
+# %% ../../nbs/retrieval/building.ipynb #57ccc2c5
 def _listed(where: str | Path | Iterable[str | Path]) -> tuple[Path, list[str], list[str]]:
     "The folder that paths begin in, the paths, and what may hold images that nobody can see."
     if isinstance(where, str | Path):
@@ -110,7 +110,7 @@ def _listed(where: str | Path | Iterable[str | Path]) -> tuple[Path, list[str], 
     root = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
     return Path(root), [os.path.relpath(path, root) for path in paths], []
 
-
+# %% ../../nbs/retrieval/building.ipynb #9699da38
 def _opened(root: Path, paths: list[str], lost: list[str], skip_unreadable: bool) -> tuple[pd.DataFrame, list[str]]:
     "The images that can be read, and what can't be. Raises ValueError on that unless it is skipped, and on no image."
     table = scan(root, pd.DataFrame({"image": pd.Series(paths, dtype=object)}))
@@ -123,7 +123,7 @@ def _opened(root: Path, paths: list[str], lost: list[str], skip_unreadable: bool
         raise ValueError(f"expected at least one image that can be read, got none below {root}")
     return table[~bad], problems
 
-# %% ../../nbs/retrieval/building.ipynb #6ee8027a
+# %% ../../nbs/retrieval/building.ipynb #2afbee2b
 def _view(model: EmbeddingModel, image_size: int | None, test_resize: int | None) -> dict:
     "Raises ValueError where neither the model nor the caller says it."
     view = {"image_size": image_size or model.image_size, "test_resize": test_resize or model.test_resize}
@@ -132,7 +132,7 @@ def _view(model: EmbeddingModel, image_size: int | None, test_resize: int | None
                          "see, for its file is of an earlier version, or it was not trained")
     return view
 
-
+# %% ../../nbs/retrieval/building.ipynb #60068491
 def image_files(
     where: str | Path | Iterable[str | Path],  # a folder, or files
     *,

@@ -36,12 +36,12 @@ def _check_alike(one: EmbeddingDatabase, other: EmbeddingDatabase):
             raise ValueError(f"expected databases with the same {name}, got {value} and {theirs[name]}: "
                              "embed the images of one of them again")
 
-# %% ../../nbs/retrieval/changing.ipynb #98414325
+# %% ../../nbs/retrieval/changing.ipynb #36210ec3
 def _same_data(databases: Sequence[EmbeddingDatabase]) -> bool:
     prints = {database.about["fingerprint"] for database in databases}
     return len(prints) == 1 and None not in prints
 
-
+# %% ../../nbs/retrieval/changing.ipynb #3406f697
 def _relabelled(items: pd.DataFrame, numbers: dict[str, int], first: int) -> pd.DataFrame:
     "With the labels of other classes of the same names; `numbers` takes up new ones, from `first` on."
     if "label" not in items or (items["label"] < 0).all():
@@ -58,7 +58,7 @@ def _relabelled(items: pd.DataFrame, numbers: dict[str, int], first: int) -> pd.
             numbers[name] = labels[label]
     return items.assign(label=items["label"].map(labels))
 
-
+# %% ../../nbs/retrieval/changing.ipynb #887393f2
 def _in_one_numbering(tables: list[pd.DataFrame]) -> list[pd.DataFrame]:
     "The tables with the classes of the first one that has some."
     numbers, done = {}, []
@@ -102,7 +102,7 @@ def _pictures(databases: Sequence[EmbeddingDatabase]) -> Iterator[bytes] | None:
         return None
     return chain.from_iterable(database.thumbnails or [b""] * len(database) for database in databases)
 
-# %% ../../nbs/retrieval/changing.ipynb #ad2444a5
+# %% ../../nbs/retrieval/changing.ipynb #0826cfcb
 def merge(
     *databases: EmbeddingDatabase,  # of the same model and view
     folder: str | Path | None = None,  # where all of it shall be; None: in memory
@@ -116,7 +116,7 @@ def merge(
         return EmbeddingDatabase(np.concatenate(list(blocks)), items, about, gathered(pictures) if pictures else None)
     return write_database(folder, blocks, items, about, pictures=pictures)
 
-
+# %% ../../nbs/retrieval/changing.ipynb #b7f1b5fc
 def append(
     folder: str | Path,  # of a database, which grows
     other: EmbeddingDatabase,  # of the same model and view
@@ -126,7 +126,7 @@ def append(
     with writing(folder):
         return merge(load_database(folder), other, folder=folder)
 
-# %% ../../nbs/retrieval/changing.ipynb #578f9342
+# %% ../../nbs/retrieval/changing.ipynb #338019da
 def _kept(database: EmbeddingDatabase, positions: Sequence[int]) -> np.ndarray:
     "(N,), bool. Raises ValueError where a position is none, is named twice, or nothing would be left."
     places, count = np.asarray(positions), len(database)
@@ -139,7 +139,7 @@ def _kept(database: EmbeddingDatabase, positions: Sequence[int]) -> np.ndarray:
     keep[places] = False
     return keep
 
-
+# %% ../../nbs/retrieval/changing.ipynb #eda61796
 def remove(
     folder: str | Path,  # of a database, which shrinks
     positions: Sequence[int],  # of the items to take out, in 0 ... N - 1

@@ -51,7 +51,15 @@ def _check_about(about: dict):
     if unknown := sorted(about.keys() - ABOUT.keys()):
         raise ValueError(f"expected {', '.join(ABOUT)} of a database, got {', '.join(unknown)}")
 
-# %% ../../nbs/retrieval/database.ipynb #9b6e9ad1
+# %% ../../nbs/retrieval/database.ipynb #1b10e48a
+def _photos(items: pd.DataFrame) -> np.ndarray:
+    "(N,), int64: equal where two items are of one photograph."
+    own = len(items) + np.arange(len(items))
+    if "path" not in items:
+        return own
+    return np.where(items["path"] == "", own, pd.factorize(items["path"])[0])
+
+# %% ../../nbs/retrieval/database.ipynb #533ec738
 @dataclass(frozen=True, eq=False)
 class EmbeddingDatabase:
     "Embedded images that can be searched. Raises ValueError on parts that do not fit."
@@ -87,10 +95,7 @@ class EmbeddingDatabase:
     @cached_property
     def photos(self) -> np.ndarray:  # (N,), int64: equal where two items are boxes of one file
         "Which photograph each item is of, or a part of; without a path each is its own."
-        own = len(self) + np.arange(len(self))
-        if "path" not in self.items:
-            return own
-        return np.where(self.items["path"] == "", own, pd.factorize(self.items["path"])[0])
+        return _photos(self.items)
 
     @property
     def model_path(self) -> Path | None:
@@ -107,7 +112,7 @@ class EmbeddingDatabase:
             block = np.asarray(self.embeddings[start:start + 8192])
             yield block if keep is None else block[keep[start:start + 8192]]
 
-# %% ../../nbs/retrieval/database.ipynb #036ab94f
+# %% ../../nbs/retrieval/database.ipynb #c0c8fa9e
 def box_of(
     database: EmbeddingDatabase,  # any
     position: int,  # 0 ... N - 1
@@ -118,7 +123,7 @@ def box_of(
     left, top, right, bottom = database.items.loc[position, BOX].tolist()
     return (left, top, right, bottom) if right > left and bottom > top else None
 
-
+# %% ../../nbs/retrieval/database.ipynb #d9b20373
 def file_of(
     database: EmbeddingDatabase,  # any
     position: int,  # 0 ... N - 1

@@ -14,7 +14,7 @@ from ..model import EmbeddingModel, embed
 from .asking import check_model, search
 from .database import EmbeddingDatabase
 
-# %% ../../nbs/retrieval/examples.ipynb #8d15fff6
+# %% ../../nbs/retrieval/examples.ipynb #2e6ebed7
 def _agrees(database: EmbeddingDatabase, table: pd.DataFrame) -> bool:
     "Whether a table says of the rows of a database what the database says: its order is not part of a fingerprint."
     items = database.items
@@ -25,7 +25,7 @@ def _agrees(database: EmbeddingDatabase, table: pd.DataFrame) -> bool:
     return all(items[name].tolist() == rows[column].map(str if name == "class_name" else lambda value: value).tolist()
                for name, column in known.items() if name in items)
 
-
+# %% ../../nbs/retrieval/examples.ipynb #1f812198
 def _check_data(database: EmbeddingDatabase, data: ImageData):
     "Raises ValueError where a data set is not the one of a database."
     fingerprint, known = data.fingerprint()["sha256"], database.about["fingerprint"]

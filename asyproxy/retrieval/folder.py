@@ -29,12 +29,12 @@ from .database import ABOUT, EmbeddingDatabase, check_rows, packed
 from .items import check_items, items_bytes, read_items
 from .thumbnails import read_thumbnails, write_thumbnails
 
-# %% ../../nbs/retrieval/folder.ipynb #f8bfa37c
+# %% ../../nbs/retrieval/folder.ipynb #b77df707
 FORMAT, KIND, MANIFEST = 1, "asyproxy database", "database.json"
 _NAMED = re.compile(r"(embeddings|items|thumbnails|model)-[0-9a-f]{16}\.(safetensors|csv)")
 _UNFINISHED = re.compile(r"\.new-.*|\.[0-9]+-(database\.json|model-.*)")
 
-
+# %% ../../nbs/retrieval/folder.ipynb #59668f82
 def _held(folder: Path) -> list[str]:
     "Names of what is in a folder that may become one."
     if folder.exists() and not folder.is_dir():
@@ -127,7 +127,7 @@ def _model(folder: Path, known: dict | None, model: EmbeddingModel | None) -> di
         path = folder / path.name
     return {**known, "file": Path(os.path.relpath(path, folder)).as_posix()}
 
-# %% ../../nbs/retrieval/folder.ipynb #10ae1e31
+# %% ../../nbs/retrieval/folder.ipynb #edba9a1c
 def _hash_of(manifest: dict) -> str:
     text = json.dumps({name: one for name, one in manifest.items() if name != "sha256"}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -138,7 +138,7 @@ def _write_manifest(folder: Path, manifest: dict):
     with write_atomically(folder / MANIFEST) as temporary:
         temporary.write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n")
 
-
+# %% ../../nbs/retrieval/folder.ipynb #b049d48d
 def remove_leftovers(
     folder: str | Path,  # of a database
 ):
@@ -153,7 +153,7 @@ def remove_leftovers(
                 except OSError:
                     pass
 
-# %% ../../nbs/retrieval/folder.ipynb #6ecbd647
+# %% ../../nbs/retrieval/folder.ipynb #789b8401
 def write_database(
     folder: str | Path,  # made if need be; a database in it is replaced
     blocks: Iterable[np.ndarray],  # of rows of embeddings, one after the other
@@ -179,7 +179,7 @@ def write_database(
         remove_leftovers(folder)
     return load_database(folder, verify=False)
 
-
+# %% ../../nbs/retrieval/folder.ipynb #d855f729
 def carried(
     database: EmbeddingDatabase,  # from anywhere
 ) -> dict:  # see `ABOUT`
@@ -198,10 +198,10 @@ def save_database(
     return write_database(folder, database.blocks(), database.items, carried(database), pictures=database.thumbnails,
                           model=model)
 
-# %% ../../nbs/retrieval/folder.ipynb #ec8eae14
+# %% ../../nbs/retrieval/folder.ipynb #40fcdf38
 _HELD = {"kind", "format", "images", "dimensions", "files", "sha256", *ABOUT}
 
-
+# %% ../../nbs/retrieval/folder.ipynb #6d30e82b
 def read_manifest(
     folder: str | Path,  # of a database
 ) -> dict:  # kind, format, images, dimensions, files, sha256, and `ABOUT`
@@ -223,7 +223,7 @@ def read_manifest(
                          f"{error}") from error
     return manifest
 
-# %% ../../nbs/retrieval/folder.ipynb #8a39bcfd
+# %% ../../nbs/retrieval/folder.ipynb #e97f216e
 def _check_file(path: Path, entry: dict, verify: bool):
     "Raises FileNotFoundError, or ValueError where a file is not the one that was written."
     if not path.is_file():
@@ -237,7 +237,7 @@ def _check_file(path: Path, entry: dict, verify: bool):
         raise ValueError(f"expected the {entry['bytes']:,} bytes that were written, got {size}: {path} is damaged; "
                          "copy it again, or build the database again")
 
-
+# %% ../../nbs/retrieval/folder.ipynb #7e4dc4de
 def _rows(path: Path, manifest: dict) -> dict[str, np.ndarray]:
     "The maps of embeddings and codes. Raises ValueError where they are not of the shape that the manifest says."
     count, dimensions = manifest["images"], manifest["dimensions"]
@@ -248,7 +248,7 @@ def _rows(path: Path, manifest: dict) -> dict[str, np.ndarray]:
                          "got others: it is damaged")
     return arrays
 
-
+# %% ../../nbs/retrieval/folder.ipynb #e26d7091
 def _opened(folder: Path, manifest: dict, verify: bool) -> EmbeddingDatabase:
     "The database of a manifest."
     files = manifest["files"]

@@ -15,7 +15,7 @@ from .asking import directions, similarities
 from .database import EmbeddingDatabase
 from .folder import with_about
 
-# %% ../../nbs/retrieval/strangers.ipynb #aaa3007c
+# %% ../../nbs/retrieval/strangers.ipynb #87c9d750
 def conformal_place(
     strangers: int,  # n
     rate: float,  # of strangers that may be matched, in (0, 1)
@@ -28,16 +28,16 @@ def conformal_place(
         raise ValueError(f"expected at least {fewest(rate)} strangers for a rate of {rate}, got {strangers}")
     return place
 
-
+# %% ../../nbs/retrieval/strangers.ipynb #14dedd00
 def fewest(
     rate: float,  # of strangers that may be matched, in (0, 1)
 ) -> int:
     "The number of strangers that it takes to promise a rate."
     return math.ceil(round(1 / rate, 9)) - 1
 
-# %% ../../nbs/retrieval/strangers.ipynb #1d788fa2
-def _best(database: EmbeddingDatabase, queries: np.ndarray, binary: bool, places: np.ndarray | None = None) -> np.ndarray:
-    "(n,): the highest similarity; of items at places only to others of their class, -inf where there are none."
+# %% ../../nbs/retrieval/strangers.ipynb #bb06341e
+def _best(database: EmbeddingDatabase, queries: np.ndarray, binary: bool, places: np.ndarray | None = None):
+    "(n,), float32: the highest similarity; of items at places to others of their class, -inf where there is none."
     best, size = [np.zeros(0, np.float32)], max(1, 2**26 // len(database))
     for start in range(0, len(queries), size):
         similar = similarities(database, queries[start:start + size], binary)

@@ -76,7 +76,7 @@ def gathered(
     ends = np.cumsum([len(picture) for picture in pictures], dtype=np.int64)
     return Thumbnails(np.frombuffer(b"".join(pictures), np.uint8), ends)
 
-# %% ../../nbs/retrieval/thumbnails.ipynb #8eef0ff7
+# %% ../../nbs/retrieval/thumbnails.ipynb #f7f3e7da
 def write_thumbnails(
     path: str | Path,  # of the file
     pictures: Iterable[bytes],  # (N,), each of `thumbnail`, or empty
@@ -94,7 +94,7 @@ def write_thumbnails(
         yield np.array(ends, np.int64)
     write_arrays(path, {"content": noted(), "ends": noted_ends()})
 
-
+# %% ../../nbs/retrieval/thumbnails.ipynb #f0edf05d
 def read_thumbnails(
     path: str | Path,  # of `write_thumbnails`
     count: int,  # N
