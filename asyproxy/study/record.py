@@ -257,10 +257,11 @@ def _before(folder: Path, record: Path) -> tuple[list | None, float]:
     old = read_record(record)
     return old["history"], old["seconds"]
 
-# %% ../../nbs/study/record.ipynb #ec5cb903
+# %% ../../nbs/study/record.ipynb #8bd28559
 def _settle(folder: Path) -> Path:
-    "Models and logs take the place of those that were there."
-    return [settled(folder, pattern) for pattern in ("*.safetensors", "log.csv", "events.*")][0]
+    "Models, databases and logs take the place of those that were there; the manifest of a database follows its files."
+    patterns = ("*.safetensors", "items-*.csv", "database.json", "log.csv", "events.*")
+    return [settled(folder, pattern) for pattern in patterns][0]
 
 
 def _tidy(folder: Path, models: bool):
