@@ -157,13 +157,13 @@ def budgets(
                      **_spent("tests", tests), "split/seed": ", ".join(pairs)})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/study/contest.ipynb #35f27bba
+# %% ../../nbs/study/contest.ipynb #5ed50c23
 def unequal(
     table: pd.DataFrame,  # of `budgets`
 ) -> list[str]:  # sentences; none: all are equal
     "Which contenders had another budget than most."
     said = []
-    for data, rows in table.groupby("data", sort=False):
+    for data, rows in table.groupby("data", sort=False) if len(table) else ():
         for name in rows.columns.drop(["data", "contender"]):
             usual = rows[name].median() if "images" in name else rows[name].mode()[0]
             off = abs(rows[name] / usual - 1) > 0.02 if "images" in name else rows[name] != usual
