@@ -33,6 +33,9 @@ def readme(path: Path = ROOT / "nbs" / "index.ipynb") -> str:
     notebook = nbformat.read(path, 4)
     notebook.cells = [cell for cell in notebook.cells if "#| hide" not in cell.source]
     for cell in notebook.cells:
+        if cell.cell_type == "code":  # what a library warns of is no part of a page
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    for cell in notebook.cells:
         if "#| echo: false" in cell.source:
             cell.source, cell.metadata.tags = "", ["echo"]
     notebook.metadata["language_info"] = {"name": "python"}
