@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and the command line only ne
     import torch
 
 # %% auto #0
-__all__ = ['write_atomically', 'save_tensors', 'load_tensors']
+__all__ = ['write_atomically', 'hash_tensors', 'save_tensors', 'load_tensors']
 
 # %% ../nbs/files.ipynb #393185d0
 @contextmanager
@@ -36,15 +36,18 @@ def write_atomically(
     finally:
         temporary.unlink(missing_ok=True)
 
-# %% ../nbs/files.ipynb #847907d3
-def _hash(tensors: dict[str, torch.Tensor], metadata: str) -> str:
-    "SHA-256 of tensors on the CPU and of the metadata, in hexadecimal digits."
+# %% ../nbs/files.ipynb #1f96c432
+def hash_tensors(
+    tensors: dict[str, torch.Tensor],  # of any shape, type and layout, on any device
+    metadata: str,  # counts as well
+) -> str:
+    "SHA-256 of tensors and metadata, in hexadecimal digits."
     import torch
 
     digest = hashlib.sha256(metadata.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 # %% ../nbs/files.ipynb #4a42756d
@@ -54,7 +57,7 @@ def _apart(tensor: torch.Tensor) -> torch.Tensor:
 
     return tensor.detach().resolve_conj().resolve_neg().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
-# %% ../nbs/files.ipynb #2a568521
+# %% ../nbs/files.ipynb #06d03bf3
 def save_tensors(
     path: str | Path,  # where the file shall be; its folder is made if need be
     tensors: dict[str, torch.Tensor],  # of any shape and type, on any device
@@ -65,7 +68,7 @@ def save_tensors(
 
     tensors = {name: _apart(tensor) for name, tensor in sorted(tensors.items())}
     header = {"metadata": json.dumps(metadata or {})}
-    header["sha256"] = _hash(tensors, header["metadata"])
+    header["sha256"] = hash_tensors(tensors, header["metadata"])
     with write_atomically(path) as temporary:
         temporary.write_bytes(save(tensors, header))
 
@@ -82,14 +85,14 @@ def _read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, 
     except SafetensorError as error:
         raise ValueError(f"expected a safetensors file, but {path} is damaged or of another kind: {error}") from error
 
-# %% ../nbs/files.ipynb #8fd83ee9
+# %% ../nbs/files.ipynb #cf35c4c0
 def load_tensors(
     path: str | Path,  # a file of `save_tensors`, or any other safetensors file
 ) -> tuple[dict[str, torch.Tensor], dict]:  # tensors on the CPU, and the metadata
     "Raises FileNotFoundError, or ValueError where the file is damaged or no safetensors file."
     tensors, header = _read_tensors(path)
     ours = header.keys() & {"metadata", "sha256"}
-    if ours and (len(ours) < 2 or _hash(tensors, header["metadata"]) != header["sha256"]):
+    if ours and (len(ours) < 2 or hash_tensors(tensors, header["metadata"]) != header["sha256"]):
         raise ValueError(f"{path} is damaged: its bytes do not have the hash that was written with them; "
                          "delete it or copy it again")
     return tensors, json.loads(header["metadata"]) if ours else {}

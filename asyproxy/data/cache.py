@@ -141,7 +141,7 @@ def _is_whole(cache: DecodedCache) -> bool:
         return False
     return True
 
-# %% ../../nbs/data/cache.ipynb #332b0a6b
+# %% ../../nbs/data/cache.ipynb #920aefd0
 def build_cache(
     data: ImageData,  # with the hash of each file in the column sha256, as `load_data` makes it
     folder: str | Path | None = None,  # where caches are kept; None: `decoded` below `cache_folder()`
@@ -155,7 +155,7 @@ def build_cache(
     if not isinstance(data.source, ImageFiles):
         return data
     folder = Path(folder or cache_folder() / "decoded")
-    cache = DecodedCache(folder / f"{Path(data.name).name}-{_key(data)}.uint8")
+    cache = DecodedCache(folder / f"{Path(data.name).name}-{_key(data)}.uint8", data.source.root)
     if not _is_whole(cache):
         _build(data, cache, max(1, os.cpu_count() if num_workers is None else num_workers))
     return replace(data, source=cache)

@@ -84,11 +84,12 @@ def _scaled(start: int, length: int, scale: float, size: int) -> slice:
     first = min(round(start * scale), size - 1)
     return slice(first, min(max(round((start + length) * scale), first + 1), size))
 
-# %% ../../nbs/data/sources.ipynb #e3e54383
+# %% ../../nbs/data/sources.ipynb #46a5ba13
 @dataclass(frozen=True)
 class DecodedCache:
     "Images in a flat file of bytes (each H x W x 3), and where each of them lies, in a file beside it."
     path: Path  # the flat file
+    root: str | Path | None = None  # the folder of the files that were decoded
 
     pixels = None  # not held in memory, but mapped
 
@@ -103,7 +104,7 @@ class DecodedCache:
         return _open(self)
 
     def __getstate__(self):
-        return {"path": self.path}
+        return {"path": self.path, "root": self.root}
 
     def read(
         self,

@@ -44,7 +44,7 @@ class LossEntry:
     at_means: bool = False  # its proxies begin at the class means, whatever the experiment says of them
     per_class: int | None = None  # images of each class in a batch; None: any batch will do
 
-# %% ../../nbs/loss/catalogue.ipynb #36f85be8
+# %% ../../nbs/loss/catalogue.ipynb #22556ecc
 _MARGIN = Option(0.0, 0.0, 1.0, "taken from the cosine of the own class")
 _SCALE = Option(64.0, 0.1, 1000.0, "of the cosines")
 _THRESHOLD = Option(0.0, 0.0, 1.0, "of a softmax; classes of less in a whole batch stay")
@@ -56,7 +56,7 @@ LOSSES: dict[str, LossEntry] = {
         "margin": _MARGIN, "threshold": _THRESHOLD}),
     "row_wise": LossEntry("row-wise step", RowWiseProxyLoss, ("temperature", "momentum"), moves=True, options={
         "margin": _MARGIN,
-        "decay": Option(0.999, 0.0, 0.9999999, "of the average of squared gradients of a class"),
+        "decay": Option(0.999, 0.0, 1.0, "of the average of squared gradients of a class; 1: the mean of all"),
         "threshold": _THRESHOLD}),
     "learnable": LossEntry(
         "learnable proxies", LearnableProxyLoss, ("temperature",), {"margin": _MARGIN}, lr_factor=1.0),

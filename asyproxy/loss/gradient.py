@@ -68,7 +68,7 @@ class GradientProxyLoss(MovedProxyLoss):
             _, slopes = losses_and_slopes(*given)
         push_in_place(proxies, embeddings, slopes, self._rate, self.threshold)
 
-# %% ../../nbs/loss/gradient.ipynb #b13d9539
+# %% ../../nbs/loss/gradient.ipynb #e4ebc198
 class RowWiseProxyLoss(GradientProxyLoss):
     "Cross entropy over cosine similarities; each call moves a proxy by its gradient over what is usual for its class."
 
@@ -80,20 +80,20 @@ class RowWiseProxyLoss(GradientProxyLoss):
         temperature: float = 0.03,  # t > 0, divides the cosines
         momentum: float = 0.1,  # m in [0, 1], the length of a usual step
         margin: float = 0.0,  # in [0, 1], taken from the cosine of the own class
-        decay: float = 0.999,  # b in [0, 1), of the average of squared lengths
+        decay: float = 0.999,  # b in [0, 1], of the average of squared lengths; 1: the mean of all steps
         threshold: float = 0.0,  # in [0, 1], of a softmax: classes of less in the whole batch stay; 0: none
     ):
         super().__init__(num_classes, feature_dim, temperature=temperature, momentum=momentum, margin=margin,
                          threshold=threshold)
-        if not 0 <= decay < 1:
-            raise ValueError(f"expected a decay in [0, 1), got {decay}")
+        check_share("decay", decay)
         self.decay = decay
         self.register_buffer("squares", torch.zeros(num_classes))
         self.register_buffer("steps", torch.zeros(()))
 
     def _rate(self, rows, pull: torch.Tensor) -> torch.Tensor:
-        self.squares[rows] += (1 - self.decay) * pull.square().sum(1).to(self.squares.dtype)
-        usual = self.squares[rows] / (1 - self.decay ** self.steps)
+        new, whole = (1.0, self.steps) if self.decay == 1 else (1 - self.decay, 1 - self.decay ** self.steps)
+        self.squares[rows] += new * pull.square().sum(1).to(self.squares.dtype)
+        usual = self.squares[rows] / whole
         return (self.momentum / usual.clamp(min=1e-30).sqrt())[:, None]
 
     def _move(self, proxies, embeddings, labels, slopes, step):

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['FrozenBatchNorm', 'FeatureModel', 'EmbeddingModel', 'plain_state', 'load_plain_state', 'save_model', 'load_model',
-           'embed']
+           'model_hash', 'embed_batches', 'embed']
 
-# %% ../../nbs/model/embedding.ipynb #5d2bbfce
+# %% ../../nbs/model/embedding.ipynb #ad7bd21a
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from ..files import load_tensors, save_tensors
+from ..files import hash_tensors, load_tensors, save_tensors
 from .backbones import build_backbone, describe_backbone
 from .weights import check_finite
 from ..processes import gather_rows, share
@@ -103,7 +104,7 @@ def _check_choice(backbone_type: str, feature_dim: int):
     if feature_dim < 1:
         raise ValueError(f"expected a feature_dim of at least 1, got {feature_dim}")
 
-# %% ../../nbs/model/embedding.ipynb #7e0fa847
+# %% ../../nbs/model/embedding.ipynb #61291eda
 class EmbeddingModel(FeatureModel):
     "Images (N, 3, H, W), uint8 RGB -> embeddings (N, feature_dim), rows of unit length."
 
@@ -119,6 +120,8 @@ class EmbeddingModel(FeatureModel):
         super().__init__(backbone_type, weights=weights, layer_norm=layer_norm)
         self.feature_dim = feature_dim
         self.class_names: list[str] = []  # of the classes that it was trained on, in the order of their indices
+        self.image_size: int | None = None  # side of the square that it was trained to see; None: not known
+        self.test_resize: int | None = None  # the shorter side of a test image before the centre crop
         self.projection = nn.Linear(self.kind.width, feature_dim, bias=False)
 
     def forward(
@@ -153,14 +156,16 @@ def load_plain_state(
     if unknown := tensors.keys() - plain_state(module):
         raise ValueError(f"{expected}, got {len(unknown)} unknown, such as {min(unknown)}")
 
-# %% ../../nbs/model/embedding.ipynb #308e1733
+# %% ../../nbs/model/embedding.ipynb #5fb8650e
+_KEPT = ("backbone_type", "feature_dim", "class_names", "layer_norm", "image_size", "test_resize")
+
+
 def save_model(
     model: EmbeddingModel,  # on any device
     path: str | Path,  # of the file, *.safetensors
 ):
     "Writes the weights, and what is needed to build the model again, to a safetensors file."
-    metadata = {name: getattr(model, name) for name in ("backbone_type", "feature_dim", "class_names", "layer_norm")}
-    save_tensors(path, plain_state(model), metadata)
+    save_tensors(path, plain_state(model), {name: getattr(model, name) for name in _KEPT})
 
 
 def load_model(
@@ -171,12 +176,20 @@ def load_model(
     if not {"backbone_type", "feature_dim"} <= metadata.keys():
         raise ValueError("expected a file of save_model, which names its backbone_type and feature_dim; "
                          f"{path} does not")
-    layer_norm = metadata.get("layer_norm", True)  # older files say nothing of it, nor of their classes
+    layer_norm = metadata.get("layer_norm", True)  # older files say nothing of it, nor of classes and sizes
     model = EmbeddingModel(metadata["backbone_type"], metadata["feature_dim"], weights="random", layer_norm=layer_norm)
     model.class_names = metadata.get("class_names", [])
+    model.image_size, model.test_resize = metadata.get("image_size"), metadata.get("test_resize")
     load_plain_state(model, tensors, path)
     check_finite(tensors, path, model.state_dict())
     return model.eval()
+
+# %% ../../nbs/model/embedding.ipynb #ab2ca2f7
+def model_hash(
+    model: EmbeddingModel,  # on any device, compiled or not
+) -> str:
+    "SHA-256 of what embeddings follow from, in hexadecimal digits."
+    return hash_tensors(plain_state(model), json.dumps([model.backbone_type, model.layer_norm]))
 
 # %% ../../nbs/model/embedding.ipynb #037c270a
 @contextmanager
@@ -189,22 +202,24 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         model.train(training)
 
-# %% ../../nbs/model/embedding.ipynb #fa7fd5d3
-def _embed_batches(
-    model: EmbeddingModel,
-    batches: DataLoader,  # of (uint8 images, class indices)
-    features: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:  # (n, D or width) float32 and (n,) int64, on the CPU
-    "Embeddings, or features, of the images of this process, and their classes."
-    function, width = (model.features, model.kind.width) if features else (model, model.feature_dim)
-    embeddings, labels = [torch.empty(0, width)], [torch.empty(0, dtype=torch.int64)]
-    for images, classes in batches:
-        images = images.to(model.mean.device, non_blocking=True)
-        embeddings.append(function(images).float().cpu())
-        labels.append(classes)
-    return torch.cat(embeddings), torch.cat(labels)
+# %% ../../nbs/model/embedding.ipynb #0c0c75be
+@torch.no_grad()
+def embed_batches(
+    model: EmbeddingModel,  # in any mode, which is left as it was once all is embedded
+    images,  # a Dataset of (uint8 image, class index), such as `ImageSet`
+    *,
+    batch_size: int = 64,  # images at once
+    num_workers: int = 0,  # processes that read images
+    features: bool = False,  # the pooled features in front of the projection instead of the embeddings
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # (n, D) float32 and (n,) int64, on the CPU
+    "One batch after the other, in the order of the images and in eval mode."
+    batches = DataLoader(images, batch_size, num_workers=num_workers, pin_memory=model.mean.device.type == "cuda")
+    function = model.features if features else model
+    with _evaluating(model):
+        for pixels, classes in batches:
+            yield function(pixels.to(model.mean.device, non_blocking=True)).float().cpu(), classes
 
-# %% ../../nbs/model/embedding.ipynb #c4f0544e
+# %% ../../nbs/model/embedding.ipynb #ce126cdc
 @torch.no_grad()
 def embed(
     model: EmbeddingModel,  # in any mode, which is left as it was
@@ -215,10 +230,9 @@ def embed(
     features: bool = False,  # the pooled features in front of the projection instead of the embeddings
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (N, D) float32 and (N,) int64, on the CPU, in the order of the images
     "Embeds every image once, in eval mode. Of several processes each embeds a share, and all get the whole."
-    own = share(len(images))
-    batches = DataLoader(Subset(images, range(own.start, own.stop)), batch_size,
-                         num_workers=num_workers, pin_memory=model.mean.device.type == "cuda")
-    with _evaluating(model):
-        embeddings, labels = _embed_batches(model, batches, features)
-    embeddings, labels = gather_rows(embeddings, labels)
+    own, width = share(len(images)), model.kind.width if features else model.feature_dim
+    batches = embed_batches(model, Subset(images, range(own.start, own.stop)), batch_size=batch_size,
+                            num_workers=num_workers, features=features)
+    parts = [(torch.empty(0, width), torch.empty(0, dtype=torch.int64)), *batches]
+    embeddings, labels = gather_rows(*map(torch.cat, zip(*parts)))
     return embeddings, labels

@@ -257,10 +257,11 @@ def _before(folder: Path, record: Path) -> tuple[list | None, float]:
     old = read_record(record)
     return old["history"], old["seconds"]
 
-# %% ../../nbs/study/record.ipynb #ec5cb903
+# %% ../../nbs/study/record.ipynb #8bd28559
 def _settle(folder: Path) -> Path:
-    "Models and logs take the place of those that were there."
-    return [settled(folder, pattern) for pattern in ("*.safetensors", "log.csv", "events.*")][0]
+    "Models, databases and logs take the place of those that were there; the manifest of a database follows its files."
+    patterns = ("*.safetensors", "items-*.csv", "database.json", "log.csv", "events.*")
+    return [settled(folder, pattern) for pattern in patterns][0]
 
 
 def _tidy(folder: Path, models: bool):
@@ -282,7 +283,13 @@ def _to_draw(known: dict[str, Parameter], values: dict) -> dict | None:
         raise ValueError(f"expected the parameters of {record['run_id']}, which is to be drawn, got {', '.join(other)}")
     return record
 
-# %% ../../nbs/study/record.ipynb #eddaefa0
+# %% ../../nbs/study/record.ipynb #006f94c2
+def _circumstances(data, seconds: float) -> dict:
+    "What a record says beside parameters and results; data: the images, None where there are none."
+    view = {"view": {"image_size": data.image_size, "test_resize": data.test_resize}} if data else {}
+    return {**view, "environment": environment(), "seconds": round(seconds, 1), "peak_memory_mb": peak_memory_mb()}
+
+# %% ../../nbs/study/record.ipynb #cb8dd4a1
 class Run:
     "A run from inside its notebook: checks the parameters, starts the clock, and writes the record."
 
@@ -323,9 +330,9 @@ class Run:
         "Writes the record, in one step. Raises ValueError where a result cannot be kept as JSON."
         if self.results:
             return self.record
-        seconds = round(self.seconds_before + time.perf_counter() - self.started, 1)
+        seconds = self.seconds_before + time.perf_counter() - self.started
         text = record_text({"run_id": self.id, "study": self.study, "parameters": self.said, **results,
-                            "environment": environment(), "seconds": seconds, "peak_memory_mb": peak_memory_mb()})
+                            **_circumstances(self.data, seconds)})
         self.folder = _settle(self.folder)
         with write_atomically(self.record) as temporary:
             temporary.write_text(text)

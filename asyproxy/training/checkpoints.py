@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainingState', 'checkpoints', 'save_checkpoint', 'resume', 'seconds_spent', 'read_history', 'keep_results']
 
-# %% ../../nbs/training/checkpoints.ipynb #d76f92da
+# %% ../../nbs/training/checkpoints.ipynb #6300b68d
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -17,6 +17,7 @@ from ..files import load_tensors, save_tensors
 from ..model import save_model
 from ..model.embedding import load_plain_state, plain_state
 from ..processes import gather_rows
+from ..retrieval.folder import MANIFEST, remove_leftovers
 
 # %% ../../nbs/training/checkpoints.ipynb #519f8116
 class TrainingState:
@@ -195,7 +196,7 @@ def read_history(
         raise FileNotFoundError(f"expected a whole checkpoint in {folder}, found none")
     return found[2]["history"]
 
-# %% ../../nbs/training/checkpoints.ipynb #3aa43653
+# %% ../../nbs/training/checkpoints.ipynb #894e9f5e
 def _are_one(path: Path, other: Path) -> bool:
     "Whether two files hold the same model; their bytes may lie in another order."
     try:
@@ -205,12 +206,22 @@ def _are_one(path: Path, other: Path) -> bool:
     return about == about_other and tensors.keys() == others.keys() and all(
         torch.equal(tensors[name], others[name]) for name in tensors)
 
+# %% ../../nbs/training/checkpoints.ipynb #151f62ba
+def _tidy_databases(folder: Path):
+    "Removes files of earlier databases; of a damaged one nobody knows which files are its own."
+    for path in folder.rglob(MANIFEST):
+        try:
+            remove_leftovers(path.parent)
+        except (ValueError, FileNotFoundError):
+            pass
 
+# %% ../../nbs/training/checkpoints.ipynb #d7a93633
 def keep_results(
     folder: str | Path,  # of a run that is finished, or of several of them
     models: bool = True,  # whether the best and the last model stay
 ):
-    "Deletes the checkpoints, and models that nobody needs."
+    "Deletes the checkpoints, models that nobody needs, and what earlier databases have left."
+    _tidy_databases(Path(folder))
     for place in {path.parent for path in Path(folder).rglob("*.safetensors")}:
         for path in checkpoints(place):
             path.unlink()
@@ -219,3 +230,4 @@ def keep_results(
             last.unlink(missing_ok=True)
         if not models:
             best.unlink(missing_ok=True)
+            (place / "last_proxies.safetensors").unlink(missing_ok=True)
