@@ -16,6 +16,7 @@ test: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/asyproxy run input_pipeline
 	$(BIN)/asyproxy run evaluation_speed
+	$(BIN)/asyproxy run search_speed
 	$(BIN)/asyproxy run training_speed
 
 lab: $(VENV)/ready

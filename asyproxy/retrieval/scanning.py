@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EIGHT', 'ROW', 'NOTHING', 'CHUNK', 'BLOCK', 'MANY', 'differing_of_eight', 'Kept', 'nothing_kept', 'scan',
-           'nearest_keys']
+           'nearest_keys', 'nearest_in']
 
 # %% ../../nbs/retrieval/scanning.ipynb #ccf09297
 from typing import NamedTuple
@@ -67,7 +67,7 @@ NOTHING = 2**64 - 1  # a key beyond all others
 def _key(distance, row):
     return np.uint64(distance) << np.uint64(ROW) | np.uint64(row)
 
-# %% ../../nbs/retrieval/scanning.ipynb #a99afeaf
+# %% ../../nbs/retrieval/scanning.ipynb #984cd27d
 class Kept(NamedTuple):
     "The nearest of some queries as far as they are known."
     keys: np.ndarray  # (Q, C), uint64, in no order, C > k
@@ -77,14 +77,16 @@ class Kept(NamedTuple):
     start: np.ndarray  # (Q + 1,), int64, where those of a query begin
 
 
+@compiled()
 def nothing_kept(
-    excluded: list[np.ndarray],  # of each query the rows that it may not find, int64, ascending
     room: int,  # keys of a query, more than k
+    excluded: np.ndarray,  # rows that may not be found, of one query after another, ascending
+    start: np.ndarray,  # (Q + 1,), int64, where those of a query begin
 ) -> Kept:
     "Before anything is scanned."
-    start = np.cumsum([0, *map(len, excluded)])
-    keys, limits = np.full((len(excluded), room), NOTHING, np.uint64), np.full(len(excluded), NOTHING, np.uint64)
-    return Kept(keys, np.zeros(len(excluded), np.int64), limits, np.concatenate([*excluded, start[:0]]), start)
+    queries, nothing = len(start) - 1, np.uint64(NOTHING)
+    keys, limits = np.full((queries, room), nothing), np.full(queries, nothing)
+    return Kept(keys, np.zeros(queries, np.int64), limits, excluded, start)
 
 # %% ../../nbs/retrieval/scanning.ipynb #76ac6b0a
 @compiled(**INLINED)
@@ -226,15 +228,27 @@ def scan(
     else:
         _scan_columns(words, first, queries, k, kept)
 
-# %% ../../nbs/retrieval/scanning.ipynb #a0f3b423
+# %% ../../nbs/retrieval/scanning.ipynb #1f233edf
 def nearest_keys(
     parts: list[Kept],  # of the same queries, from different codes
     k: int,  # how many are asked for
 ) -> np.ndarray:  # (Q, k), uint64, ascending
     "The nearest of all."
-    for kept in parts:
-        beyond = np.arange(kept.keys.shape[1]) >= kept.counts[:, None]
-        kept.keys[beyond] = NOTHING
-    keys = np.concatenate([kept.keys for kept in parts], axis=1)
-    keys.sort(axis=1)
-    return keys[:, :k]
+    return np.sort(np.concatenate([kept.keys for kept in parts], axis=1), axis=1)[:, :k]
+
+# %% ../../nbs/retrieval/scanning.ipynb #8052e155
+@compiled()
+def nearest_in(
+    words: np.ndarray,  # (N, W), uint64, all codes
+    queries: np.ndarray,  # (Q, W), uint64, codes
+    k: int,  # how many are asked for
+    room: int,  # keys of a query, more than k
+    excluded: np.ndarray,  # rows that may not be found, of one query after another, ascending
+    start: np.ndarray,  # (Q + 1,), int64, where those of a query begin
+) -> np.ndarray:  # (Q, room), uint64, of which the first k are the nearest, ascending
+    "The keys of the nearest."
+    kept = nothing_kept(room, excluded, start)
+    scan(words, 0, queries, k, kept)
+    for query in range(len(queries)):
+        kept.keys[query].sort()
+    return kept.keys
