@@ -6,10 +6,12 @@
 __all__ = ['LOWEST_RANK', 'LOWEST_SEPARATION', 'HIGHEST_COSINE', 'JUDGED', 'effective_rank', 'mean_cosine', 'ordered_pairs',
            'geometry', 'collapse_signs']
 
-# %% ../../nbs/evaluation/collapse.ipynb #2a6bb54b
+# %% ../../nbs/evaluation/collapse.ipynb #b6ea46d0
 import math
 
 import torch
+
+from ..uncertainty import errors_above
 
 # %% ../../nbs/evaluation/collapse.ipynb #6b07a13a
 def effective_rank(
@@ -62,17 +64,12 @@ LOWEST_SEPARATION = 0.6
 HIGHEST_COSINE = 0.9  # of proxies
 JUDGED = "recall@1"  # the metric of validation, a share of queries
 
-# %% ../../nbs/evaluation/collapse.ipynb #f40822c1
+# %% ../../nbs/evaluation/collapse.ipynb #91e27320
 def _change(validation: dict, before: dict | None) -> float:
     "How much better retrieval is than before, in standard errors; 0 where nothing is known, -inf for NaN."
     if not before or JUDGED not in validation:
         return 0.0
-    floor, queries = before[JUDGED], validation.get("queries", math.inf)
-    error = math.sqrt(2 * floor * (1 - floor) / queries)
-    change = validation[JUDGED] - floor
-    if math.isnan(change):
-        return -math.inf
-    return change / error if error else math.copysign(math.inf, change) if change else 0.0
+    return errors_above(validation[JUDGED], before[JUDGED], validation.get("queries", math.inf))
 
 # %% ../../nbs/evaluation/collapse.ipynb #d793db30
 def collapse_signs(

@@ -13,14 +13,15 @@ import torch
 from .moving import MovedProxyLoss, losses_and_slopes
 from .proxies import check_share
 
-# %% ../../nbs/loss/gradient.ipynb #41a32a05
+# %% ../../nbs/loss/gradient.ipynb #ce635aa2
 _BLOCK = 4096  # rows; 8 MB at 512 dimensions
 
 
 def _blocks(slopes: torch.Tensor, threshold: float) -> Iterator[slice | torch.Tensor]:
     "Rows of the table, block by block: all, or those with a slope above the threshold."
     if threshold:
-        yield from (slopes.abs().amax(0) > threshold).nonzero()[:, 0].split(_BLOCK)
+        low, high = slopes.aminmax(dim=0)
+        yield from (torch.maximum(-low, high) > threshold).nonzero()[:, 0].split(_BLOCK)
     else:
         yield from (slice(start, start + _BLOCK) for start in range(0, slopes.shape[1], _BLOCK))
 

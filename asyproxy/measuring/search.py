@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CANDIDATES', 'SEARCHES', 'NEED_FAISS', 'write_gallery', 'Gallery', 'time_search', 'pair_searches']
 
-# %% ../../nbs/measuring/search.ipynb #fc986fdc
+# %% ../../nbs/measuring/search.ipynb #91fedba1
 from collections.abc import Callable
 from functools import partial
 from itertools import cycle
@@ -19,9 +19,10 @@ from threadpoolctl import threadpool_limits
 from .process import peak_memory, reset_peak_memory, resident_memory, time_calls
 from .retrieval import write_embeddings
 from ..retrieval.approximate import build_approximate, search_approximate
+from ..retrieval.database import packed
 from ..retrieval.nearest import nearest_codes, nearest_dense, rerank
 
-# %% ../../nbs/measuring/search.ipynb #00d9ca27
+# %% ../../nbs/measuring/search.ipynb #36977f0b
 def write_gallery(
     folder: str | Path,  # for embeddings.npy, the queries first, codes.npy and nearest.npy
     queries: int,  # images that search
@@ -35,7 +36,7 @@ def write_gallery(
     "Draws the embeddings of a gallery."
     write_embeddings(folder, queries, rows, max(rows // 5, 1), kind, dim=dim, seed=seed)
     x = np.load(Path(folder, "embeddings.npy"), mmap_mode="r")
-    codes = [np.packbits(x[begin:begin + 8192] > 0, axis=1) for begin in range(0, len(x), 8192)]
+    codes = [packed(x[begin:begin + 8192]) for begin in range(0, len(x), 8192)]
     np.save(Path(folder, "codes.npy"), np.concatenate(codes))
     np.save(Path(folder, "nearest.npy"), nearest_dense(x[queries:], np.asarray(x[:queries]), k)[1])
 

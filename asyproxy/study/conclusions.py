@@ -6,15 +6,14 @@
 __all__ = ['METRICS', 'selected', 'complete', 'standings', 'overview', 'values_of', 'against', 'sentences', 'hypothesis',
            'effects']
 
-# %% ../../nbs/study/conclusions.ipynb #c30fd5b7
+# %% ../../nbs/study/conclusions.ipynb #0dc04bf8
 from collections.abc import Callable
 
 import pandas as pd
 
 from .pairs import Difference, difference, holm, in_a_sentence, verdict
 from .results import value_text
-from .tables import with_interval
-from ..uncertainty import half_width
+from .tables import in_percent
 
 # %% ../../nbs/study/conclusions.ipynb #e5e9f525
 METRICS = {"recall@1": "R@1", "recall@8": "R@8", "map@r": "MAP@R"}  # of a table -> as it is read
@@ -40,14 +39,13 @@ def complete(
     return ([name for name in means.index if pairs[name] == everything],
             [name for name in means.index if pairs[name] != everything])
 
-# %% ../../nbs/study/conclusions.ipynb #28f32daf
+# %% ../../nbs/study/conclusions.ipynb #15ab85c9
 def _measured(rows: pd.DataFrame, stage: str) -> dict:
     "The cells of one row."
     cells = {"pairs": str(len(rows[(rows["stage"] == stage) & (rows["code"] == "dense")]))}
     for code, metrics in (("dense", METRICS), ("binary", {"recall@1": "R@1 binary"})):
         for metric, text in metrics.items():
-            values = 100 * rows.loc[(rows["stage"] == stage) & (rows["code"] == code), metric]
-            cells[text] = with_interval(values.mean(), half_width(values))
+            cells[text] = in_percent(rows.loc[(rows["stage"] == stage) & (rows["code"] == code), metric])
     return cells
 
 

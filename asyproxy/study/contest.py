@@ -6,7 +6,7 @@
 __all__ = ['WITH_MARGIN', 'TESTS', 'finder_among', 'contender', 'Entry', 'entries', 'choices', 'chosen_settings', 'budgets',
            'unequal', 'tested']
 
-# %% ../../nbs/study/contest.ipynb #9a175433
+# %% ../../nbs/study/contest.ipynb #b32ed297
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +17,7 @@ import pandas as pd
 from .environment import checkout
 from .plan import Job, Plan, jobs_of, read_plan, standing_of, winners_of
 from .plan_parts import Part
-from .plan_values import OPTION, joined
+from .plan_values import OPTION, joined, options_of
 from .results import results_table
 from .search import Choices, Range
 
@@ -38,7 +38,7 @@ def finder_among(
             if record.get("study") in plan.known}
     return lambda job: made.get(_key(plan, job.notebook, dict(job.parameters)))
 
-# %% ../../nbs/study/contest.ipynb #fe4bffd3
+# %% ../../nbs/study/contest.ipynb #38c7ca99
 _OWN_MARGIN = ("moving", "gradient", "row_wise", "learnable")
 WITH_MARGIN = " with margin"
 
@@ -48,8 +48,8 @@ def contender(
     searched: Iterable[str] = (),  # names of what a search draws there
 ) -> str:  # such as "moving", "moving with margin"
     "The name of a loss among its rivals."
-    options = dict(pair.split("=") for pair in values.get("loss_options", "").split(",") if "=" in pair)
-    margin = float(options.get("margin", 0)) > 0 or OPTION + "margin" in searched
+    options = options_of(values.get("loss_options", ""))
+    margin = float(options.get(OPTION + "margin", 0)) > 0 or OPTION + "margin" in searched
     return values["loss"] + (WITH_MARGIN if margin and values["loss"] in _OWN_MARGIN else "")
 
 # %% ../../nbs/study/contest.ipynb #814996a6

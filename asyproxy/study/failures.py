@@ -5,20 +5,19 @@
 # %% auto #0
 __all__ = ['KINDS', 'judged', 'signs_judged', 'alarm_sentence']
 
-# %% ../../nbs/study/failures.ipynb #5385b8f4
-import math
+# %% ../../nbs/study/failures.ipynb #233f5610
 from collections.abc import Iterable
 
 import pandas as pd
 
-# %% ../../nbs/study/failures.ipynb #8eb9f223
+from ..uncertainty import errors_above
+
+# %% ../../nbs/study/failures.ipynb #51285c44
 def _outcome(record: dict) -> str:
     "lost, good or between."
     before, last = (record["metrics"][stage]["dense"] for stage in ("before", "last"))
-    floor = before["recall@1"]
-    error = math.sqrt(2 * floor * (1 - floor) / before["queries"])
-    change = last["recall@1"] - floor
-    return "lost" if not change >= -2 * error else "good" if change > 2 * error else "between"
+    change = errors_above(last["recall@1"], before["recall@1"], before["queries"])
+    return "lost" if change < -2 else "good" if change > 2 else "between"
 
 
 def judged(
