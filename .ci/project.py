@@ -28,13 +28,18 @@ def studies() -> list[Path]:
     return sorted((ROOT / "nbs" / "studies").glob("*.ipynb"))
 
 
+def drop_noise(notebook):
+    "Leaves progress bars and the warnings of libraries out of the outputs."
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+
+
 def readme(path: Path = ROOT / "nbs" / "index.ipynb") -> str:
     "README.md, from the outputs of an index: `#| hide` leaves a cell out, `#| echo: false` its source."
     notebook = nbformat.read(path, 4)
     notebook.cells = [cell for cell in notebook.cells if "#| hide" not in cell.source]
-    for cell in notebook.cells:
-        if cell.cell_type == "code":  # what a library warns of is no part of a page
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    drop_noise(notebook)
     for cell in notebook.cells:
         if "#| echo: false" in cell.source:
             cell.source, cell.metadata.tags = "", ["echo"]
@@ -63,9 +68,7 @@ def execute(path: Path):
     command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace", path]
     subprocess.run(command, check=True)
     notebook = nbformat.read(path, 4)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    drop_noise(notebook)
     notebook.metadata.pop("language_info", None)
     nbformat.write(notebook, path)
 

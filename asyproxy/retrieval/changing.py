@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['merge', 'append', 'remove']
 
-# %% ../../nbs/retrieval/changing.ipynb #eb3de11b
+# %% ../../nbs/retrieval/changing.ipynb #f4fcee8e
 import os
 from collections.abc import Iterator, Sequence
 from itertools import chain, compress
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .database import EmbeddingDatabase
+from .database import EmbeddingDatabase, blocks_of
 from .folder import carried, load_database, read_manifest, write_database, writing
 from .items import joined_items
 from .thumbnails import gathered
@@ -102,7 +102,7 @@ def _pictures(databases: Sequence[EmbeddingDatabase]) -> Iterator[bytes] | None:
         return None
     return chain.from_iterable(database.thumbnails or [b""] * len(database) for database in databases)
 
-# %% ../../nbs/retrieval/changing.ipynb #0826cfcb
+# %% ../../nbs/retrieval/changing.ipynb #1187e963
 def merge(
     *databases: EmbeddingDatabase,  # of the same model and view
     folder: str | Path | None = None,  # where all of it shall be; None: in memory
@@ -110,7 +110,7 @@ def merge(
     "One database of several. Raises ValueError where their embeddings can't be compared, or their classes."
     for other in databases[1:]:
         _check_alike(databases[0], other)
-    blocks = chain.from_iterable(database.blocks() for database in databases)
+    blocks = chain.from_iterable(blocks_of(database) for database in databases)
     items, about, pictures = _together(databases), _about(databases), _pictures(databases)
     if folder is None:
         return EmbeddingDatabase(np.concatenate(list(blocks)), items, about, gathered(pictures) if pictures else None)
@@ -139,7 +139,7 @@ def _kept(database: EmbeddingDatabase, positions: Sequence[int]) -> np.ndarray:
     keep[places] = False
     return keep
 
-# %% ../../nbs/retrieval/changing.ipynb #eda61796
+# %% ../../nbs/retrieval/changing.ipynb #584a3857
 def remove(
     folder: str | Path,  # of a database, which shrinks
     positions: Sequence[int],  # of the items to take out, in 0 ... N - 1
@@ -151,4 +151,4 @@ def remove(
         keep = _kept(database, positions)
         pictures = None if database.thumbnails is None else compress(database.thumbnails, keep)
         items = database.items[keep].reset_index(drop=True)
-        return write_database(folder, database.blocks(keep), items, carried(database), pictures=pictures)
+        return write_database(folder, blocks_of(database, keep), items, carried(database), pictures=pictures)

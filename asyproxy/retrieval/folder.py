@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'KIND', 'MANIFEST', 'writing', 'remove_leftovers', 'write_database', 'carried', 'save_database',
            'read_manifest', 'load_database', 'with_about']
 
-# %% ../../nbs/retrieval/folder.ipynb #2eda9ff4
+# %% ../../nbs/retrieval/folder.ipynb #4fdd240a
 import hashlib
 import json
 import os
@@ -25,7 +25,7 @@ from ..files import write_atomically
 from ..model import EmbeddingModel, save_model
 from ..model.embedding import model_hash
 from .arrays import map_arrays, write_arrays
-from .database import ABOUT, EmbeddingDatabase, check_rows, packed
+from .database import ABOUT, EmbeddingDatabase, blocks_of, check_rows, packed
 from .items import check_items, items_bytes, read_items
 from .thumbnails import read_thumbnails, write_thumbnails
 
@@ -179,7 +179,7 @@ def write_database(
         remove_leftovers(folder)
     return load_database(folder, verify=False)
 
-# %% ../../nbs/retrieval/folder.ipynb #d855f729
+# %% ../../nbs/retrieval/folder.ipynb #e340c717
 def carried(
     database: EmbeddingDatabase,  # from anywhere
 ) -> dict:  # see `ABOUT`
@@ -195,7 +195,7 @@ def save_database(
     model: EmbeddingModel | None = None,  # to be kept in the folder
 ) -> EmbeddingDatabase:  # mapped from it
     "Writes a database. Raises as `write_database` does."
-    return write_database(folder, database.blocks(), database.items, carried(database), pictures=database.thumbnails,
+    return write_database(folder, blocks_of(database), database.items, carried(database), pictures=database.thumbnails,
                           model=model)
 
 # %% ../../nbs/retrieval/folder.ipynb #40fcdf38

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['ASKED', 'conformal_place', 'fewest', 'calibrate']
 
-# %% ../../nbs/retrieval/strangers.ipynb #4030663f
+# %% ../../nbs/retrieval/strangers.ipynb #afb8ee37
 import math
 
 import numpy as np
 import torch
 
-from .asking import directions, similarities
+from .asking import search
 from .database import EmbeddingDatabase
 from .folder import with_about
 
@@ -35,27 +35,37 @@ def fewest(
     "The number of strangers that it takes to promise a rate."
     return math.ceil(round(1 / rate, 9)) - 1
 
-# %% ../../nbs/retrieval/strangers.ipynb #bb06341e
-def _best(database: EmbeddingDatabase, queries: np.ndarray, binary: bool, places: np.ndarray | None = None):
-    "(n,), float32: the highest similarity; of items at places to others of their class, -inf where there is none."
+# %% ../../nbs/retrieval/strangers.ipynb #28cab8aa
+def _limits(database: EmbeddingDatabase, strangers: np.ndarray | torch.Tensor, rate: float) -> dict:
+    "The least cosine, and the most differing bits, of a match."
+    place = conformal_place(len(strangers), rate) - 1
+    cosine, minus_bits = (np.sort(search(database, strangers, 1, binary=binary)[0][:, 0])[place]
+                          for binary in (False, True))
+    return {"cosine": float(np.nextafter(cosine, np.float32(np.inf))), "bits": int(-minus_bits) - 1}
+
+# %% ../../nbs/retrieval/strangers.ipynb #251734cf
+def _similarities(database: EmbeddingDatabase, places: np.ndarray, binary: bool) -> np.ndarray:
+    "Of items to all items, (n, N), float32: cosines, or the negative number of bits that differ."
+    if not binary:
+        return database.embeddings[places] @ database.embeddings.T
+    dimensions = database.embeddings.shape[1]
+    items, asked = (2 * np.unpackbits(codes, axis=1, count=dimensions).astype(np.float32) - 1
+                    for codes in (database.codes, database.codes[places]))
+    return (asked @ items.T - dimensions) / 2  # exact: whole numbers
+
+
+def _best(database: EmbeddingDatabase, places: np.ndarray, binary: bool) -> np.ndarray:
+    "(n,), float32: the highest similarity of items to others of their class, -inf where there is none."
     best, size = [np.zeros(0, np.float32)], max(1, 2**26 // len(database))
-    for start in range(0, len(queries), size):
-        similar = similarities(database, queries[start:start + size], binary)
-        if places is not None:
-            own = places[start:start + size]
-            others = database.photos[own, None] != database.photos
-            similar[~(others & (database.labels[own, None] == database.labels))] = -np.inf
+    for start in range(0, len(places), size):
+        own = places[start:start + size]
+        similar = _similarities(database, own, binary)
+        others = database.photos[own, None] != database.photos
+        similar[~(others & (database.labels[own, None] == database.labels))] = -np.inf
         best.append(similar.max(axis=1))
     return np.concatenate(best)
 
-# %% ../../nbs/retrieval/strangers.ipynb #1e404337
-def _limits(database: EmbeddingDatabase, strangers: np.ndarray, rate: float) -> dict:
-    "The least cosine, and the most differing bits, of a match."
-    place = conformal_place(len(strangers), rate) - 1
-    cosine, minus_bits = (np.sort(_best(database, strangers, binary))[place] for binary in (False, True))
-    return {"cosine": float(np.nextafter(cosine, np.float32(np.inf))), "bits": int(-minus_bits) - 1}
-
-# %% ../../nbs/retrieval/strangers.ipynb #d90f8e03
+# %% ../../nbs/retrieval/strangers.ipynb #d0bf23fa
 ASKED = 2000  # items, at most
 
 
@@ -63,10 +73,10 @@ def _found(database: EmbeddingDatabase, limit: float, binary: bool) -> float | N
     "The share of items with another photograph of their class that is at least as similar; None: no class has two."
     places = np.flatnonzero(database.labels >= 0)
     places = places[np.linspace(0, len(places) - 1, min(ASKED, len(places))).astype(int)]
-    best = _best(database, np.asarray(database.embeddings[places]), binary, places)
+    best = _best(database, places, binary)
     return float((best[np.isfinite(best)] >= np.float32(limit)).mean()) if np.isfinite(best).any() else None
 
-# %% ../../nbs/retrieval/strangers.ipynb #47b2a043
+# %% ../../nbs/retrieval/strangers.ipynb #79311a01
 def calibrate(
     database: EmbeddingDatabase,  # in memory, or in a folder, whose manifest keeps the threshold
     strangers: np.ndarray | torch.Tensor,  # (n, D): embeddings of images whose classes are not in the database
@@ -76,6 +86,6 @@ def calibrate(
 
     The threshold: cosine (at least) and bits (at most) of a match, rate, strangers, and `found`: the share of items
     that find their own class above it, dense and binary."""
-    limits = _limits(database, directions(database, strangers), rate)
+    limits = _limits(database, strangers, rate)
     found = {"dense": _found(database, limits["cosine"], False), "binary": _found(database, -limits["bits"], True)}
     return with_about(database, threshold={**limits, "rate": rate, "strangers": len(strangers), "found": found})

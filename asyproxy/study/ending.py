@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['endings', 'settings_text']
 
-# %% ../../nbs/study/ending.ipynb #2e3e27b9
+# %% ../../nbs/study/ending.ipynb #2262718f
 import json
 
 from ..experiment import Experiment, Images, parameters
 from .conclusions import selected
-from .contest import Entry, tested
+from .contest import CARS, Entry, tested
 
-# %% ../../nbs/study/ending.ipynb #c1c51f82
+# %% ../../nbs/study/ending.ipynb #2d38c1f0
 def _own(values: dict) -> dict:
     "What an experiment has of its own: no images, no seed, no default."
     described, others = parameters(Experiment), (*parameters(Images), "seed", "retrieval_num")
@@ -21,7 +21,7 @@ def _own(values: dict) -> dict:
 
 def endings(
     found: list[Entry],  # of `entries`
-    parts: tuple[str, ...] = ("cars", "cars_margin"),  # of the plan, in which all settings meet the same photographs
+    parts: tuple[str, ...] = CARS,  # of the plan, in which all settings meet the same photographs
 ) -> dict[str, dict]:  # contender -> parameters that are not the default, the best contender first
     "What each loss ends with; empty as long as no run has."
     rows = tested(found, parts)
