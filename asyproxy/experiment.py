@@ -7,10 +7,12 @@ __all__ = ['numbers', 'inside', 'Parameter', 'expectation', 'parameter', 'parame
            'complaint', 'checked', 'Checked', 'Images', 'Model', 'Experiment', 'user_path', 'located', 'published',
            'identity', 'run_id', 'smallest', 'parameters_cell', 'cell_values']
 
-# %% ../nbs/experiment.ipynb #e6ed028f
+# %% ../nbs/experiment.ipynb #63fd028e
 import ast
+import glob
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
@@ -314,27 +316,30 @@ def user_path(
     except (OSError, RuntimeError, ValueError):  # too long, no such user, a null character
         return path
 
-# %% ../nbs/experiment.ipynb #2261fa49
+# %% ../nbs/experiment.ipynb #6dc8003f
 def located(
     parameter: Parameter,  # what is known of it
     value,  # as it was given
-):  # the absolute path of a file or folder, else the value
+):  # the absolute path of a file or folder, or of a pattern that fits some, else the value
     "A path that holds everywhere, where there is a file or folder of that name."
     text = str(value)
     if not parameter.path or not text or text in (*parameter.words, parameter.default):
         return value
     path = user_path(text)
     try:
-        return str(path.resolve()) if path.exists() else value
+        if path.exists():
+            return str(path.resolve())
+        return os.path.abspath(path) if glob.has_magic(text) and glob.glob(str(path), recursive=True) else value
     except (OSError, RuntimeError, ValueError):  # too long, a circle of links, a null character
         return value
 
-# %% ../nbs/experiment.ipynb #ee467314
+# %% ../nbs/experiment.ipynb #64a4a1c7
 def _published(path: Path) -> str:
     "Such as `birds`, or `resnet50.pth@1f2e3d4c5b6a`."
-    if not path.is_file():
+    told_by = path / "database.json" if path.is_dir() else path
+    if not told_by.is_file():
         return path.name
-    with path.open("rb") as file:
+    with told_by.open("rb") as file:
         return f"{path.name}@{hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
 
 

@@ -42,7 +42,7 @@ def _set_page(ax: plt.Axes, width: float, height: float):
     "The limits, which a picture changes."
     ax.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
 
-# %% ../../nbs/figures/pictures.ipynb #174f4dd3
+# %% ../../nbs/figures/pictures.ipynb #88ed9b34
 GREEN, RED = "#009E73", "#D55E00"
 _CELL, _GAP, _BELOW, _NAMES = (1.2, 0.95), 0.14, 0.3, 1.15  # inches: picture, between pictures, for a distance, names
 
@@ -58,11 +58,12 @@ def _draw_answer(ax: plt.Axes, answer: tuple, centre: tuple[float, float], cell:
     "An image in the frame of its correctness, with its distance."
     image, right, distance = answer
     left, top, width, height = _draw_picture(ax, image, centre, cell)
-    frame = {"ec": GREEN, "ls": "-"} if right else {"ec": RED, "ls": (0, (2, 1))}
+    frames = {True: {"ec": GREEN, "ls": "-"}, False: {"ec": RED, "ls": (0, (2, 1))}, None: {"ec": "0.6", "lw": 0.6}}
     around = 0.03  # inches between picture and the middle of its frame
     ax.add_patch(Rectangle((left - around, top - around), width + 2 * around, height + 2 * around,
-                           fill=False, lw=1.8, clip_on=False, **frame))
-    ax.text(centre[0], top + height + 0.06, f"{distance:.3f}", fontsize=6, ha="center", va="top", color="0.25")
+                           fill=False, clip_on=False, **{"lw": 1.8, **frames[right]}))
+    said = str(distance) if isinstance(distance, int) else f"{distance:.3f}"
+    ax.text(centre[0], top + height + 0.06, said, fontsize=6, ha="center", va="top", color="0.25")
 
 # %% ../../nbs/figures/pictures.ipynb #21aab50c
 def _row_cells(rows: list[tuple]) -> list[tuple[float, float]]:
@@ -72,9 +73,9 @@ def _row_cells(rows: list[tuple]) -> list[tuple[float, float]]:
     width = max(width for row in sizes for width, _ in row)
     return [(width, max(height for _, height in row)) for row in sizes]
 
-# %% ../../nbs/figures/pictures.ipynb #8fd1e471
+# %% ../../nbs/figures/pictures.ipynb #1563c3e8
 def retrieval_gallery(
-    rows: list[tuple],  # a query each: (its image, its class name, its answers as (image, is of its class, distance))
+    rows: list[tuple],  # a query each: (its image, its class name, its answers as (image, is right or None, distance))
     source: str = "",  # small text below, such as the id of the run, or whom the pictures are by
 ) -> plt.Figure:
     "Queries with what was retrieved for them; images are arrays (H, W, 3). Raises ValueError without a query."
@@ -90,7 +91,9 @@ def retrieval_gallery(
         for answer, centre in zip(answers, centres[1:]):
             _draw_answer(ax, answer, centre, cell)
         bottom += cell[1] + _BELOW
-    said = ", ".join(text for text in ("below each picture: 1 - cosine to the query", source) if text)
+    whole = any(isinstance(distance, int) for _, _, answers in rows for _, _, distance in answers)
+    below = f"below each picture: {'bits that differ from' if whole else '1 - cosine to'} the query"
+    said = ", ".join(text for text in (below, source) if text)
     said = clipped(said, int(16 * right), lines=4)
     ax.text(right / 2, bottom, said, fontsize=6, color="0.4", ha="center", va="top")
     bottom += 0.12 * said.count("\n") + 0.2
