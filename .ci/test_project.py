@@ -17,6 +17,7 @@ from filecmp import cmp
 from importlib.metadata import metadata
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from packaging.requirements import Requirement
@@ -327,7 +328,7 @@ def run_study(study: str, output: Path, **values) -> dict:
     return json.loads(newest.read_text())
 
 
-@pytest.mark.parametrize("study", sorted(STUDIES.keys() - {"benchmark", "report"}))
+@pytest.mark.parametrize("study", sorted(STUDIES.keys() - {"benchmark", "report", "retrieval"}))
 def test_study(study, tmp_path):
     run_study(study, tmp_path)
 
@@ -607,6 +608,29 @@ def test_images_from_disk(tmp_path, data_name, script, options, expected):
     call(*command, *(part for pair in quick.items() for part in ("-p", *map(str, pair))), env=environment)
     record = json.loads(next((tmp_path / "figures" / "records").glob("benchmark-*.json")).read_text())
     assert {key: record["data"].get(key) for key in expected} == expected
+
+
+    if data_name == "own":
+        ask_for_a_photo(path, record["run_id"], tmp_path, environment)
+
+
+def ask_for_a_photo(photos: Path, run_id: str, output: Path, environment: dict):
+    "All photographs become a database, and the command that is printed then finds one of them, and others."
+    shelf = output / "my shelf"
+    printed = call("asyproxy", "index", photos, "--model", run_id, "--to", shelf, "--data_name", "own", env=environment)
+    assert "48 images of 12 classes" in printed, printed
+    photo = next(photos.rglob("17.png"))
+    command = shlex.split(printed.strip().splitlines()[-1].replace("PHOTO", shlex.quote(str(photo))))
+    call(*command, "-p", "retrieval_num", "3", env=environment)
+    folder = next((output / "runs").glob("retrieval-*"))
+    answers = pd.read_csv(folder / "answers.csv")
+    assert len(answers) == 3 and answers["path"][0].endswith("/17.png") and answers["class_name"][0] == "$4 or $5"
+    assert {"gallery.pdf", "gallery.png", "best.png", "worst.png", "judged.csv", "confused.csv"} <= {
+        path.name for path in folder.iterdir()}
+    call("asyproxy", "run", "retrieval", "-p", "data_base", shelf, "-p", "query_img_name", photos / "*" / "1*.png",
+         "-p", "binary", "true", env=environment)
+    metrics = [json.loads(path.read_text())["metrics"] for path in (output / "figures/records").glob("retrieval-*.json")]
+    assert sorted(one["queries"] for one in metrics) == [1, 11]
 
 
 def test_toy_on_photographs(tmp_path):

@@ -4,22 +4,27 @@
 
 # %% auto #0
 __all__ = ['EmbeddingDatabase', 'append', 'ask_embeddings', 'ask_images', 'ask_items', 'build_approximate', 'build_database',
-           'build_from_files', 'calibrate', 'example_answers', 'load_database', 'merge', 'model_of', 'nearest_codes',
-           'nearest_dense', 'picture', 'read_approximate', 'remove', 'rerank', 'save_database', 'search',
-           'search_approximate', 'write_approximate']
+           'build_from_files', 'calibrate', 'calibrate_by_class', 'confused', 'example_answers', 'import_earlier',
+           'judged', 'load_database', 'merge', 'model_of', 'nearest_codes', 'nearest_dense', 'picture',
+           'read_approximate', 'remove', 'rerank', 'save_database', 'search', 'search_approximate', 'write_approximate',
+           'write_embeddings']
 
-# %% ../../nbs/retrieval/index.ipynb #5e47b40b
+# %% ../../nbs/retrieval/index.ipynb #95266ca5
 from .approximate import build_approximate, read_approximate, search_approximate, write_approximate
 from .asking import ask_embeddings, ask_images, ask_items, model_of, search
 from .building import build_database, build_from_files
 from .changing import append, merge, remove
 from .database import EmbeddingDatabase, picture
+from .earlier import import_earlier
 from .examples import example_answers
+from .export import write_embeddings
 from .folder import load_database, save_database
 from .nearest import nearest_codes, nearest_dense, rerank
-from .strangers import calibrate
+from .questions import confused, judged
+from .strangers import calibrate, calibrate_by_class
 
 _all_ = ["EmbeddingDatabase", "append", "ask_embeddings", "ask_images", "ask_items", "build_approximate",
-         "build_database", "build_from_files", "calibrate", "example_answers", "load_database", "merge", "model_of",
-         "nearest_codes", "nearest_dense", "picture", "read_approximate", "remove", "rerank", "save_database",
-         "search", "search_approximate", "write_approximate"]
+         "build_database", "build_from_files", "calibrate", "calibrate_by_class", "confused", "example_answers",
+         "import_earlier", "judged", "load_database", "merge", "model_of", "nearest_codes", "nearest_dense", "picture",
+         "read_approximate", "remove", "rerank", "save_database", "search", "search_approximate", "write_approximate",
+         "write_embeddings"]

@@ -38,7 +38,7 @@ def _write_parquet(path: Path, embeddings: np.ndarray, paths: list[str]):
 FORMS: dict[str, Callable] = {  # suffix -> what writes it
     ".safetensors": _write_safetensors, ".npz": _write_npz, ".parquet": _write_parquet}
 
-# %% ../../nbs/retrieval/export.ipynb #30c19c16
+# %% ../../nbs/retrieval/export.ipynb #0398059e
 def check_form(
     path: str | Path,  # of a file that does not exist yet, or will be replaced
 ):
@@ -47,7 +47,8 @@ def check_form(
     if suffix not in FORMS:
         raise ValueError(f"expected a file that ends in {', '.join(FORMS)}, got {path}")
     if suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise ValueError(f"expected pyarrow, which writes {path}: pip install 'asyproxy[parquet]', or write .safetensors")
+        raise ValueError(f"expected pyarrow, which writes {path}: pip install 'asyproxy[parquet]', or write another "
+                         "form")
 
 # %% ../../nbs/retrieval/export.ipynb #98719733
 def write_embeddings(

@@ -39,7 +39,7 @@ def _add_index(commands):
                         "classes (default: images without classes)")
     parser.set_defaults(act=_index)
 
-# %% ../../nbs/study/models.ipynb #21fab18b
+# %% ../../nbs/study/models.ipynb #bc5a64f8
 def _embed(**options) -> list[str]:
     from asyproxy.study.shelf import embed_images
 
@@ -52,8 +52,8 @@ def _add_embed(commands):
         "embed", help="write the embeddings of a folder of images to a file",
         description="Embeds images with a trained model, and writes rows of unit length with the paths of the images.")
     _add_reading(parser)
-    parser.add_argument("--to", required=True, dest="path", metavar="FILE", help="ends in .safetensors, .npz (NumPy) or "
-                        ".parquet")
+    parser.add_argument("--to", required=True, dest="path", metavar="FILE", help="ends in .safetensors, .npz (NumPy) "
+                        "or .parquet")
     parser.set_defaults(act=_embed)
 
 # %% ../../nbs/study/models.ipynb #945f2fe7
@@ -77,7 +77,7 @@ def _add_export(commands):
                         "in pixels (default: what it was trained on)")
     parser.set_defaults(act=_export)
 
-# %% ../../nbs/study/models.ipynb #5ec6e793
+# %% ../../nbs/study/models.ipynb #3c829118
 def _import(**options) -> list[str]:
     from asyproxy.study.shelf import import_files
 
@@ -96,8 +96,8 @@ def _add_import(commands):
     parser.add_argument("--data_path", default="", metavar="FOLDER", help="that the paths of the images begin in")
     parser.add_argument("--backbone_type", default="", metavar="NAME", help="such as resnet50 (default: the name of "
                         "the file says it)")
-    parser.add_argument("--image_size", type=int, default=256, metavar="N", help="side of the square that the model was "
-                        "trained to see, in pixels (default: 256)")
+    parser.add_argument("--image_size", type=int, default=256, metavar="N", help="side of the square that the model "
+                        "was trained to see, in pixels (default: 256)")
     parser.add_argument("--test_resize", type=int, default=292, metavar="N", help="the shorter side of a test image "
                         "before it is cut, in pixels (default: 292)")
     parser.add_argument("--recalls", default="1,2,4,8", metavar="K,K", help="each K of Recall@K (default: 1,2,4,8)")

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['RATE', 'index_images', 'embed_images', 'import_files', 'find_database']
 
-# %% ../../nbs/study/shelf.ipynb #a5d64556
+# %% ../../nbs/study/shelf.ipynb #acf5d210
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,7 +54,7 @@ def _threshold(database: "EmbeddingDatabase", model: "EmbeddingModel") -> str:
             f"{RATE:.0%} of images of other classes find one (from {known['strangers']:,} images of {len(unseen):,} "
             "classes)")
 
-# %% ../../nbs/study/shelf.ipynb #3280c2e7
+# %% ../../nbs/study/shelf.ipynb #5410d8a6
 def index_images(
     where: str,  # a folder of images, or that of a data set
     name: str,  # of the model: a run as `named` takes it, or the path of a model file
@@ -73,7 +74,7 @@ def index_images(
     if skipped := database.about["skipped"]:
         lines.append(f"{skipped:,} files were left out, for they can't be read")
     return [*lines, _threshold(database, model),
-            f"asyproxy run retrieval -p data_base {database.folder} -p query_img_name PHOTO"]
+            f"asyproxy run retrieval -p data_base {shlex.quote(str(database.folder))} -p query_img_name PHOTO"]
 
 # %% ../../nbs/study/shelf.ipynb #3881d5b3
 def embed_images(
