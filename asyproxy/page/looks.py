@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MARKUP', 'SCRIPT', 'STYLE']
 
-# %% ../../nbs/page/looks.ipynb #05a4f5bc
+# %% ../../nbs/page/looks.ipynb #78380c64
 MARKUP = """
 <h1>What is most like it?</h1>
 <p data-part="about" class="about"></p>
@@ -16,7 +16,7 @@ MARKUP = """
     <button type="submit">Find</button> <button type="button" name="random">One at random</button>
   </div>
   <div class="row">
-    <label>answers <input type="number" name="number" min="1" value="8" inputmode="numeric"></label>
+    <label>number of answers <input type="number" name="number" min="1" value="8" inputmode="numeric"></label>
     <fieldset class="kinds"><legend>compared by</legend>
       <label><input type="radio" name="kind" value="dense" checked> cosine (dense)</label>
       <label><input type="radio" name="kind" value="binary"> sign codes (binary)</label>
@@ -77,7 +77,7 @@ function sends({model}, {say}, ask) {
 }
 """
 
-# %% ../../nbs/page/looks.ipynb #1a1959a0
+# %% ../../nbs/page/looks.ipynb #e727ffbc
 _LISTEN = """
 function listens({model, el}, {form}, ask, send) {
   const {file, position, number, kind, random} = form.elements;
@@ -86,7 +86,11 @@ function listens({model, el}, {form}, ask, send) {
   el.ondragover = event => { event.preventDefault(); el.classList.add("over"); };
   el.ondragleave = () => el.classList.remove("over");
   el.ondrop = event => { el.ondragleave(); event.preventDefault(); send(event.dataTransfer.files[0]); };
-  form.onsubmit = event => { event.preventDefault(); ask({ask: "item", position: position.valueAsNumber}); };
+  form.onsubmit = event => {
+    event.preventDefault();
+    file.value = "";
+    ask({ask: "item", position: position.valueAsNumber});
+  };
   random.onclick = () => {
     position.value = Math.floor(Math.random() * (model.get("last") + 1));
     form.requestSubmit();
@@ -103,16 +107,17 @@ export default {render(page) {
 }};
 """
 
-# %% ../../nbs/page/looks.ipynb #3bbc48cc
+# %% ../../nbs/page/looks.ipynb #618e1afa
 _TEXT = """
 .asyproxy-page, .asyproxy-page * {box-sizing: border-box}
 .asyproxy-page {--text: #1b1f24; --quiet: #57606a; --blue: #1c4f8f; --orange: #b84300; --line: #8a9099; color: var(--text);
   background: white; font: 16px/1.5 system-ui, "Liberation Sans", sans-serif; max-width: 68rem; margin: 0 auto;
   padding: 1rem; min-height: 100vh; overflow-wrap: anywhere}
+.asyproxy-page :is(h1, h2, p, ol, li, figure, figcaption, b, span) {font-family: inherit; color: inherit}
 .asyproxy-page h1 {font-size: 1.75rem; line-height: 1.2; margin: .5rem 0}
 .asyproxy-page h2 {font-size: 1.15rem; margin: 0 0 .5rem}
 .asyproxy-page p {margin: 0 0 .75rem}
-.asyproxy-page .about, .asyproxy-page .small {color: var(--quiet); font-size: .9rem}
+.asyproxy-page p.about, .asyproxy-page .map .small, .asyproxy-page p.small {color: var(--quiet); font-size: .9rem}
 .asyproxy-page figure {margin: 0}
 .asyproxy-page code {font-size: .9em}
 .asyproxy-page :focus-visible {outline: 3px solid var(--blue); outline-offset: 2px}
@@ -123,6 +128,8 @@ _FORM = """
   background: #f6f8fa}
 .asyproxy-page.over .drop {border-color: var(--blue); background: #e3edf9}
 .asyproxy-page .drop input {display: block; margin-top: .5rem; max-width: 100%}
+.asyproxy-page .drop input::file-selector-button {font: inherit; min-height: 44px; padding: 0 1rem; margin-right: .75rem;
+  border: 1px solid var(--blue); border-radius: 6px; background: white; color: var(--blue); cursor: pointer}
 .asyproxy-page .row {display: flex; flex-wrap: wrap; gap: .5rem 1.5rem; align-items: center; margin: .75rem 0}
 .asyproxy-page .row label, .asyproxy-page .kinds {display: inline-flex; flex-wrap: wrap; gap: .25rem .5rem;
   align-items: center; min-height: 44px}
@@ -138,7 +145,7 @@ _FORM = """
 .asyproxy-page .status {min-height: 1.5em; padding: .5rem .75rem; background: #eef2f6; border-left: 4px solid var(--blue)}
 """
 
-# %% ../../nbs/page/looks.ipynb #06ee28da
+# %% ../../nbs/page/looks.ipynb #f38e5129
 _ANSWERS = """
 .asyproxy-page .answer {display: grid; grid-template-columns: 11rem 1fr; gap: 1.5rem; margin: 1.25rem 0}
 .asyproxy-page .answer:empty {display: none}
@@ -148,29 +155,29 @@ _ANSWERS = """
 .asyproxy-page .missing {display: grid; place-items: center; padding: .5rem; font-size: .8rem; color: var(--quiet)}
 .asyproxy-page .found ol {list-style: none; margin: 0 0 .75rem; padding: 0; display: grid; gap: .75rem;
   grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr))}
-.asyproxy-page .found li {border: 3px solid #d0d7de; border-radius: 6px; padding: .25rem}
+.asyproxy-page .found li {border: 3px solid #d0d7de; border-radius: 6px; padding: .35rem}
 .asyproxy-page .found .right {border-color: var(--blue)}
 .asyproxy-page .found .wrong {border-color: var(--orange)}
 .asyproxy-page .found .far {border-style: dashed}
 .asyproxy-page .found .far:not(.right):not(.wrong) {border-color: var(--text)}
-.asyproxy-page figcaption {font-size: .9rem; padding: .25rem; line-height: 1.35}
-.asyproxy-page .rank {color: var(--quiet)}
+.asyproxy-page figcaption {font-size: .9rem; padding: .25rem 0; line-height: 1.35}
+.asyproxy-page figcaption .rank {color: var(--quiet)}
 .asyproxy-page .distance, .asyproxy-page .note {display: block; font-size: .85rem; font-variant-numeric: tabular-nums}
-.asyproxy-page .right .note:first-of-type {color: var(--blue)}
 .asyproxy-page .nothing {padding: .5rem .75rem; border: 2px dashed var(--text)}
 """
 _MAP = """
 .asyproxy-page .map svg {width: 100%; max-width: 40rem; height: auto; border: 1px solid #d0d7de; display: block}
-.asyproxy-page .map figcaption {max-width: 40rem}
+.asyproxy-page .map figure {display: grid; grid-template-columns: minmax(0, 40rem) minmax(0, 1fr); gap: 1.5rem}
 .asyproxy-page .dots {stroke: #a3abb5; stroke-width: 5; stroke-linecap: round; fill: none}
 .asyproxy-page path.class {stroke: var(--blue); fill: none; stroke-width: 1.5}
 .asyproxy-page g.answer circle {fill: var(--blue); stroke: white; stroke-width: 1.5}
-.asyproxy-page g.answer text {fill: white; font-size: 12px; text-anchor: middle}
+.asyproxy-page g.answer text {fill: white; font-size: 18px; text-anchor: middle}
 .asyproxy-page g.query circle, .asyproxy-page g.query path {fill: none; stroke: var(--orange); stroke-width: 4}
-.asyproxy-page g.query text {fill: var(--orange); font-size: 18px; font-weight: 700; paint-order: stroke; stroke: white;
+.asyproxy-page g.query text {fill: var(--orange); font-size: 22px; font-weight: 700; paint-order: stroke; stroke: white;
   stroke-width: 4px}
 @media (max-width: 40rem) {
-  .asyproxy-page .answer {grid-template-columns: 1fr}
+  .asyproxy-page .answer, .asyproxy-page .map figure {grid-template-columns: minmax(0, 1fr)}
+  .asyproxy-page .map figure {gap: .25rem}
   .asyproxy-page .query img {max-width: 11rem}
   .asyproxy-page .found ol {grid-template-columns: repeat(auto-fill, minmax(7.5rem, 1fr))}
 }

@@ -18,7 +18,7 @@ from ..experiment import user_path
 from .finding import MANIFEST, VARIABLE
 from ..study.environment import checkout
 
-# %% ../../nbs/page/serving.ipynb #25f845fe
+# %% ../../nbs/page/serving.ipynb #5a241e83
 TEMPLATE = """
 {%- extends 'voila/templates/lab/index.html.j2' -%}
 {% from 'voila_setup.macro.html.j2' import voila_setup_helper_functions with context %}
@@ -32,9 +32,10 @@ TEMPLATE = """
 <link rel="icon" href="data:,">
 {{ resources.include_js("static/voila-style.js") }}
 <style>
-body, #rendered_cells, #rendered_cells * {--jp-cell-padding: 0; --jp-notebook-padding: 0}
-html body {margin: 0; padding: 0; background: white; overflow: auto; height: auto; min-height: 100vh}
+html body {margin: 0; padding: 0; background: white; overflow: auto; height: auto}
 #loading {font: 16px/1.5 system-ui, sans-serif; padding: 1rem; color: #1b1f24; max-width: 68rem; margin: 0 auto}
+#main, #jp-main-content-panel, #rendered_cells {position: static !important; contain: none !important;
+  width: auto !important; height: auto !important; overflow: visible !important}
 #rendered_cells .jp-OutputPrompt, #rendered_cells .jp-mod-noOutputs {display: none}
 #rendered_cells :is(.jp-Cell, .jp-OutputArea-output, .jp-OutputArea-child) {padding: 0; margin: 0; border: 0;
   overflow: visible}
@@ -46,12 +47,11 @@ _BODY = """
 {%- block body_header -%}
 <body class="jp-Notebook theme-light" data-base-url="{{resources.base_url}}voila/" data-jp-theme-light="true"
   data-jp-theme-name="JupyterLab Light" data-voila="voila">
-<main>
 <noscript><p>This page needs JavaScript.</p></noscript>
 <p id="loading" role="status">Starting the page. This takes some seconds.</p>
 {{ voila_setup_helper_functions() }}
 <script>window.voila_process = () => {};</script>
-<div id="rendered_cells" style="display: none"><div>
+<div id="rendered_cells" role="main" style="display: none"><div>
 {%- endblock body_header -%}
 {%- block markdowncell -%}{%- endblock -%}
 """
@@ -66,7 +66,7 @@ def write_template(
     (place / "conf.json").write_text(json.dumps({"base_template": "lab"}))
     (place / "index.html.j2").write_text(TEMPLATE + _BODY)
 
-# %% ../../nbs/page/serving.ipynb #068ab475
+# %% ../../nbs/page/serving.ipynb #476dd6f8
 def settings(
     port: int,  # to listen on
 ) -> dict:
@@ -79,8 +79,10 @@ def settings(
                   "tornado_settings": {"allow_remote_access": False, "websocket_max_message_size": MOST_BYTES + 10**6}},
         "VoilaConfiguration": {"template": "asyproxy", "strip_sources": True, "show_tracebacks": False,
                                "file_allowlist": [], "allow_template_override": "NO", "allow_theme_override": "NO",
-                               "extension_allowlist": ["@jupyter-widgets/jupyterlab-manager", "anywidget"]},
-        "MappingKernelManager": {"cull_idle_timeout": 600, "cull_interval": 60}}
+                               "extension_allowlist": ["@jupyter-widgets/jupyterlab-manager", "@voila-dashboards/widgets-manager8",
+                                                       "anywidget"]},
+        "MappingKernelManager": {"cull_idle_timeout": 600, "cull_interval": 60},
+        "KernelManager": {"transport": "ipc"}}
 
 
 def has_browser() -> bool:
