@@ -75,13 +75,13 @@ def image(
         return f'<div class="missing">no picture of {escape(text)}</div>'
     return f'<img src="{escape(src)}" alt="{escape(text)}">'
 
-# %% ../../nbs/page/answers.ipynb #28ca425b
+# %% ../../nbs/page/answers.ipynb #b7768f29
 def distance_text(
     distance: float,  # 1 - cosine, or a number of bits
     bits: int = 0,  # of a code, for a binary answer; 0: it is none
 ) -> str:
     "A distance with its unit."
-    return f"{distance:.0f} of {bits} bits" if bits else f"distance {distance:.3f}"
+    return f"{distance:.0f} of {bits} bits" if bits else f"distance {max(distance, 0):.3f}"  # rounding goes below
 
 
 def _verdict(query: Query, answer) -> tuple[str, str]:

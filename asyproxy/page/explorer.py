@@ -6,7 +6,8 @@
 __all__ = ['MOST_ANSWERS', 'Told', 'whole', 'Explorer', 'uploaded', 'stored', 'answers_to', 'Shown', 'Visit', 'guarded',
            'open_database', 'make_map', 'draw', 'answer', 'serve_one', 'Page']
 
-# %% ../../nbs/page/explorer.ipynb #cfa60e1a
+# %% ../../nbs/page/explorer.ipynb #0b8afb1c
+import os
 import sys
 import time
 import traceback
@@ -284,7 +285,7 @@ def serve_one(
         answer(visit, *questions[-1])
     draw(visit)
 
-# %% ../../nbs/page/explorer.ipynb #0b4b1cb3
+# %% ../../nbs/page/explorer.ipynb #95f1e75a
 class Page(Shown):
     "The page of a database: a notebook shows it, Voila serves it."
 
@@ -293,12 +294,20 @@ class Page(Shown):
         folder: Path | None = None,  # of a database; None: `chosen_database`
     ):
         super().__init__()
-        visit = Visit(self, folder)
-        self.on_msg(lambda _, content, buffers: visit.todo.put((content, buffers)))
-        Thread(target=self._work, args=(visit,), daemon=True).start()
+        self._visit = Visit(self, folder)
+        self._thread = Thread(target=self._work, daemon=True)
+        self.on_msg(self._hear)
+        if "VOILA_REQUEST_URL" in os.environ:
+            self._thread.start()
 
-    def _work(self, visit: Visit):
-        if guarded(visit, open_database):
-            Thread(target=guarded, args=(visit, make_map), daemon=True).start()
+    def _hear(self, _, content: dict, buffers: list):
+        if self._thread.ident is None:
+            self._thread.start()
+        if content != {"ask": "hello"}:
+            self._visit.todo.put((content, buffers))
+
+    def _work(self):
+        if guarded(self._visit, open_database):
+            Thread(target=guarded, args=(self._visit, make_map), daemon=True).start()
             while True:
-                guarded(visit, serve_one)
+                guarded(self._visit, serve_one)

@@ -77,7 +77,7 @@ function sends({model}, {say}, ask) {
 }
 """
 
-# %% ../../nbs/page/looks.ipynb #e727ffbc
+# %% ../../nbs/page/looks.ipynb #e1d76627
 _LISTEN = """
 function listens({model, el}, {form}, ask, send) {
   const {file, position, number, kind, random} = form.elements;
@@ -104,6 +104,7 @@ export default {render(page) {
   page.el.innerHTML = page.model.get("markup");
   const shown = shows(page), ask = asks(page, shown);
   listens(page, shown, ask, sends(page, shown, ask));
+  page.model.send({ask: "hello"});
 }};
 """
 

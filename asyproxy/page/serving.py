@@ -66,7 +66,7 @@ def write_template(
     (place / "conf.json").write_text(json.dumps({"base_template": "lab"}))
     (place / "index.html.j2").write_text(TEMPLATE + _BODY)
 
-# %% ../../nbs/page/serving.ipynb #476dd6f8
+# %% ../../nbs/page/serving.ipynb #ddd102ab
 def settings(
     port: int,  # to listen on
 ) -> dict:
@@ -75,8 +75,9 @@ def settings(
 
     return {
         "Voila": {"ip": "127.0.0.1", "port": port, "port_retries": 0, "config_file_paths": [], "open_browser": has_browser(),
-                  "log_level": "WARN",
-                  "tornado_settings": {"allow_remote_access": False, "websocket_max_message_size": MOST_BYTES + 10**6}},
+                  "log_level": "ERROR",
+                  "tornado_settings": {"allow_remote_access": False, "websocket_max_message_size": MOST_BYTES + 10**6,
+                                       "ws_ping_timeout": 30_000}},
         "VoilaConfiguration": {"template": "asyproxy", "strip_sources": True, "show_tracebacks": False,
                                "file_allowlist": [], "allow_template_override": "NO", "allow_theme_override": "NO",
                                "extension_allowlist": ["@jupyter-widgets/jupyterlab-manager", "@voila-dashboards/widgets-manager8",
