@@ -91,13 +91,14 @@ def _verdict(query: Query, answer) -> tuple[str, str]:
         return "", ""
     return ("right", "✓ same class") if label == query.label else ("wrong", "✗ other class")
 
-# %% ../../nbs/page/answers.ipynb #7ebd22a6
+# %% ../../nbs/page/answers.ipynb #509972b9
 def _answer(database: EmbeddingDatabase, query: Query, answer, bits: int) -> str:
     "An item of the list."
     name, far = item_name(database, answer.position), not (pd.isna(answer.match) or answer.match)
     frame, words = _verdict(query, answer)
     said = f"Rank {answer.rank}: {name}, {distance_text(answer.distance, bits)}"
-    notes = "".join(f"<span class=note>{note}</span>" for note in (words, "beyond the threshold" if far else "") if note)
+    notes = [note for note in (words, "beyond the threshold" if far else "") if note]
+    notes = "".join(f"<span class=note>{note}</span>" for note in notes)
     return (f'<li class="{frame} {"far" if far else ""}" data-position="{answer.position}">'
             f'<figure>{image(item_picture(database, answer.position), said)}'
             f'<figcaption><span class=rank>{answer.rank}</span> <b>{escape(name)}</b>'

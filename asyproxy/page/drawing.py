@@ -46,11 +46,12 @@ def _query(where: np.ndarray) -> str:
     return (f'<g class=query><circle cx="{x}" cy="{y}" r="20"/><path d="{ticks}"/>'
             f'<text x="{x + step}" y="{y - 16}" text-anchor="{end}">query</text></g>')
 
-# %% ../../nbs/page/drawing.ipynb #805e3d59
+# %% ../../nbs/page/drawing.ipynb #81fa0384
 def _said(database: EmbeddingDatabase, made: Map, query: Query | None, name: str) -> str:
     "Below the drawing."
     shown = f"{len(made.rows):,} of {len(database):,}" if len(made.rows) < len(database) else f"all {len(database):,}"
-    text = f"Dots: {shown} images, placed by t-SNE, so that what is similar lies near; distances across the map mean little."
+    text = (f"Dots: {shown} images, placed by t-SNE, so that what is similar lies near; distances across the map mean "
+            "little.")
     if query is None:
         return text
     own = query.position is not None and query.position in made.rows

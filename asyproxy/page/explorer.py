@@ -66,7 +66,7 @@ class Explorer:
         boxes = Counter(self.database.photos.tolist())  # an item does not find others of its photograph
         self.most = min(MOST_ANSWERS, len(self.database) - max(boxes.values()))
 
-# %% ../../nbs/page/explorer.ipynb #f7c44844
+# %% ../../nbs/page/explorer.ipynb #208a6f5b
 def uploaded(
     explorer: Explorer,  # with a model
     name: str,  # of a file, as its owner calls it
@@ -92,7 +92,8 @@ def uploaded(
     except ValueError as error:
         raise Told(f"{str(error)[0].upper()}{str(error)[1:]}.") from error
     embeddings, _ = embed(explorer.model, [(test_view(**view)(pixels), -1)])
-    return Query(shown_name(name), directions(explorer.database, embeddings)[0], source(pixels.permute(1, 2, 0).numpy()))
+    embedding = directions(explorer.database, embeddings)[0]
+    return Query(shown_name(name), embedding, source(pixels.permute(1, 2, 0).numpy()))
 
 # %% ../../nbs/page/explorer.ipynb #b5ab13ac
 def stored(
@@ -234,7 +235,7 @@ def draw(
         marked = () if visit.query is None else (visit.query, visit.positions)
         visit.shown.plot = map_html(visit.explorer.database, visit.explorer.map, *marked)
 
-# %% ../../nbs/page/explorer.ipynb #8be291c2
+# %% ../../nbs/page/explorer.ipynb #372261a5
 def _query(visit: Visit, content: dict, buffers: list):
     "What is asked. Raises Told."
     if content.get("ask") == "upload" and len(buffers) == 1:
@@ -262,16 +263,17 @@ def answer(
         found = answers_to(visit.explorer, query, content.get("number"), binary)
         shown.answer = answers_html(visit.explorer.database, query, found, binary)
         visit.query, visit.positions = query, found["position"].to_numpy()
-        visit.say(f"{len(found)} answer{'s' if len(found) > 1 else ''} to {query.name}, by {'sign codes' if binary else 'cosine'}, in "
-                  f"{time.perf_counter() - start:.1f} s." + _match(found))
+        visit.say(_summary(query, found, binary, time.perf_counter() - start))
     else:
         visit.say("Ready: drop an image, or choose one.")
     shown.busy = False
 
 
-def _match(found) -> str:
+def _summary(query, found, binary: bool, seconds: float) -> str:
     none = not found["match"].isna().any() and not found["match"].any()
-    return " Nothing like it: even the nearest is beyond the threshold." if none else ""
+    return (f"{len(found)} answer{'s' if len(found) > 1 else ''} to {query.name}, by "
+            f"{'sign codes' if binary else 'cosine'}, in {seconds:.1f} s."
+            f"{' Nothing like it: even the nearest is beyond the threshold.' if none else ''}")
 
 # %% ../../nbs/page/explorer.ipynb #a37826ef
 def serve_one(

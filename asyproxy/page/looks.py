@@ -108,12 +108,12 @@ export default {render(page) {
 }};
 """
 
-# %% ../../nbs/page/looks.ipynb #618e1afa
+# %% ../../nbs/page/looks.ipynb #f1b63b70
 _TEXT = """
 .asyproxy-page, .asyproxy-page * {box-sizing: border-box}
-.asyproxy-page {--text: #1b1f24; --quiet: #57606a; --blue: #1c4f8f; --orange: #b84300; --line: #8a9099; color: var(--text);
-  background: white; font: 16px/1.5 system-ui, "Liberation Sans", sans-serif; max-width: 68rem; margin: 0 auto;
-  padding: 1rem; min-height: 100vh; overflow-wrap: anywhere}
+.asyproxy-page {--text: #1b1f24; --quiet: #57606a; --blue: #1c4f8f; --orange: #b84300; --line: #8a9099;
+  color: var(--text); background: white; font: 16px/1.5 system-ui, "Liberation Sans", sans-serif; max-width: 68rem;
+  margin: 0 auto; padding: 1rem; min-height: 100vh; overflow-wrap: anywhere}
 .asyproxy-page :is(h1, h2, p, ol, li, figure, figcaption, b, span) {font-family: inherit; color: inherit}
 .asyproxy-page h1 {font-size: 1.75rem; line-height: 1.2; margin: .5rem 0}
 .asyproxy-page h2 {font-size: 1.15rem; margin: 0 0 .5rem}
@@ -129,8 +129,9 @@ _FORM = """
   background: #f6f8fa}
 .asyproxy-page.over .drop {border-color: var(--blue); background: #e3edf9}
 .asyproxy-page .drop input {display: block; margin-top: .5rem; max-width: 100%}
-.asyproxy-page .drop input::file-selector-button {font: inherit; min-height: 44px; padding: 0 1rem; margin-right: .75rem;
-  border: 1px solid var(--blue); border-radius: 6px; background: white; color: var(--blue); cursor: pointer}
+.asyproxy-page .drop input::file-selector-button {font: inherit; min-height: 44px; padding: 0 1rem;
+  margin-right: .75rem; border: 1px solid var(--blue); border-radius: 6px; background: white; color: var(--blue);
+  cursor: pointer}
 .asyproxy-page .row {display: flex; flex-wrap: wrap; gap: .5rem 1.5rem; align-items: center; margin: .75rem 0}
 .asyproxy-page .row label, .asyproxy-page .kinds {display: inline-flex; flex-wrap: wrap; gap: .25rem .5rem;
   align-items: center; min-height: 44px}
@@ -143,7 +144,8 @@ _FORM = """
   background: var(--blue); color: white; cursor: pointer}
 .asyproxy-page button[type=button] {background: white; color: var(--blue)}
 .asyproxy-page .all:disabled {opacity: .6}
-.asyproxy-page .status {min-height: 1.5em; padding: .5rem .75rem; background: #eef2f6; border-left: 4px solid var(--blue)}
+.asyproxy-page .status {min-height: 1.5em; padding: .5rem .75rem; background: #eef2f6;
+  border-left: 4px solid var(--blue)}
 """
 
 # %% ../../nbs/page/looks.ipynb #f38e5129
