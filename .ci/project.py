@@ -70,7 +70,8 @@ def execute(path: Path):
     subprocess.run(command, check=True)
     notebook = nbformat.read(path, 4)
     drop_noise(notebook)
-    notebook.metadata.pop("language_info", None)
+    for name in ("language_info", "widgets"):
+        notebook.metadata.pop(name, None)
     nbformat.write(notebook, path)
 
 
