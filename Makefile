@@ -1,9 +1,10 @@
-# `make study` and `make test` do everything, set-up included; `make bench` measures speed beside peers; `make lab` opens the notebooks.
+# `make study` and `make test` do everything, set-up included; `make bench` measures speed beside peers; `make explore` serves
+# a page that asks the newest database, `make explore DATABASE=folder` another one; `make lab` opens the notebooks.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: study test lab bench build
+.PHONY: study test lab bench build explore
 study: $(VENV)/ready
 	$(BIN)/asyproxy run toy
 	@set -e; for seed in 0 1 2; do for loss in moving learnable; do \
@@ -18,6 +19,10 @@ bench: $(VENV)/ready
 	$(BIN)/asyproxy run evaluation_speed
 	$(BIN)/asyproxy run search_speed
 	$(BIN)/asyproxy run training_speed
+
+# On 127.0.0.1, port 8866 or $ASYPROXY_PORT; Ctrl+C ends it.
+explore: $(VENV)/ready
+	$(BIN)/python -m asyproxy.page.serving "$(DATABASE)"
 
 lab: $(VENV)/ready
 	$(BIN)/jupyter lab nbs

@@ -29,10 +29,11 @@ def studies() -> list[Path]:
 
 
 def drop_noise(notebook):
-    "Leaves progress bars and the warnings of libraries out of the outputs."
+    "Leaves progress bars, the warnings of libraries and widgets, which live in a kernel, out of the outputs."
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"
+                            and "application/vnd.jupyter.widget-view+json" not in output.get("data", {})]
 
 
 def readme(path: Path = ROOT / "nbs" / "index.ipynb") -> str:
@@ -69,7 +70,8 @@ def execute(path: Path):
     subprocess.run(command, check=True)
     notebook = nbformat.read(path, 4)
     drop_noise(notebook)
-    notebook.metadata.pop("language_info", None)
+    for name in ("language_info", "widgets"):
+        notebook.metadata.pop(name, None)
     nbformat.write(notebook, path)
 
 

@@ -109,9 +109,11 @@ STREAM = (  # a wing imports from the lines above its own, and from no other win
     ("retrieval",),
     ("training",),
     ("figures", "study", "fixtures", "measuring"),
+    ("page",),
     ("__main__",),
 )
-ONLY = {"matplotlib": "figures", "seaborn": "figures", "scienceplots": "figures"}  # package: the wing that imports it
+ONLY = {"matplotlib": "figures", "seaborn": "figures", "scienceplots": "figures", "anywidget": "page",
+        "voila": "page"}  # package: the wing that imports it
 
 
 def imports(path: Path) -> set[str]:
@@ -639,6 +641,31 @@ def test_toy_on_photographs(tmp_path):
     call(sys.executable, "-c", script, tmp_path / "stl10")
     data = run_study("toy", tmp_path, data_name="stl10", data_path=tmp_path, allow_incomplete=True)["data"]
     assert (data["train"]["classes"], data["test"]["classes"], data["complete"]) == (7, 3, False)
+
+
+# The page of a database.
+
+
+def why_not_browser() -> str:
+    "Why the page can't be tried; empty if it can."
+    browsers = ("chromium", "chromium-browser", "google-chrome")
+    missing = [] if any(map(shutil.which, browsers)) else ["CHROMIUM"]
+    missing += [] if shutil.which("chromedriver") else ["CHROMEDRIVER"]
+    return f"NO {' AND NO '.join(missing)} HERE, SO THE PAGE WAS NOT TRIED IN A BROWSER; on Debian, as root: " \
+           "apt-get install chromium chromium-driver" if missing else ""
+
+
+def test_page_in_a_browser(tmp_path):
+    "A headless Chromium visits it: see `.ci/browser.py`."
+    if reason := why_not_browser():
+        pytest.skip(reason)
+    call(sys.executable, ".ci/browser.py", tmp_path)
+
+
+def test_page_is_refused_without_a_database(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "asyproxy.page.serving", str(tmp_path)], env=ENVIRONMENT, cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "which holds database.json" in done.stderr, done.stderr
 
 
 # Every notebook runs; those that take minutes begin, so that the two processes end together.
