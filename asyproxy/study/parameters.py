@@ -101,14 +101,14 @@ class EvaluationSpeed(Checked):
     rounds: int = parameter(2, "each method is measured once in every round", within="[1, inf)", small=1)
     seed: int = same(Experiment, "seed")
 
-# %% ../../nbs/study/parameters.ipynb #011554b7
+# %% ../../nbs/study/parameters.ipynb #4e4a57c8
 @dataclass(frozen=True)
 class SearchSpeed(Checked):
     "Seconds, memory and recall of exact and approximate search beside FAISS."
     sizes: str = parameter(
         "100000,1000000", "numbers of images in the gallery", within="[1000, inf)", listed=int, small="1000")
     embeddings: str = parameter(
-        "spectrum,isotropic", "kinds that are drawn", choices=("spectrum", "isotropic"), listed=str, small="spectrum")
+        "spectrum", "kinds that are drawn", choices=("spectrum", "isotropic"), listed=str, small="spectrum")
     feature_dim: int = same(Experiment, "feature_dim", small=64)
     queries: int = parameter(100, "that are asked one by one and together", within="[2, inf)", small=10)
     threads: str = parameter("1,2", "that a search may use", within="[1, inf)", listed=int, small="1")
