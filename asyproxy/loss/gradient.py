@@ -41,7 +41,7 @@ def push_in_place(
         length = moved.norm(dim=1, keepdim=True)
         proxies[rows] = torch.where(length > 0, moved / length, old).to(proxies.dtype)
 
-# %% ../../nbs/loss/gradient.ipynb #8ccbaf57
+# %% ../../nbs/loss/gradient.ipynb #3643dbee
 class GradientProxyLoss(MovedProxyLoss):
     "Cross entropy over cosine similarities; in training mode each call moves the proxies along its own gradient."
 
@@ -54,8 +54,9 @@ class GradientProxyLoss(MovedProxyLoss):
         momentum: float = 0.5,  # m in [0, 1], times the gradient
         margin: float = 0.0,  # in [0, 1], taken from the cosine of the own class
         threshold: float = 0.0,  # in [0, 1], of a softmax: classes of less in the whole batch stay; 0: none
+        sharded: bool = False,  # each of several processes holds a share of the classes, see shards
     ):
-        super().__init__(num_classes, feature_dim, temperature, momentum, margin)
+        super().__init__(num_classes, feature_dim, temperature, momentum, margin, sharded)
         check_share("threshold", threshold)
         self.threshold = threshold
 
@@ -66,10 +67,10 @@ class GradientProxyLoss(MovedProxyLoss):
         step.alone = False
         if slopes is None or len(slopes) != len(embeddings):
             given = embeddings, proxies.to(embeddings.dtype), labels, self.temperature, self.margin
-            _, slopes = losses_and_slopes(*given)
+            _, slopes = losses_and_slopes(*given, shard=self.shard)
         push_in_place(proxies, embeddings, slopes, self._rate, self.threshold)
 
-# %% ../../nbs/loss/gradient.ipynb #e4ebc198
+# %% ../../nbs/loss/gradient.ipynb #28474d34
 class RowWiseProxyLoss(GradientProxyLoss):
     "Cross entropy over cosine similarities; each call moves a proxy by its gradient over what is usual for its class."
 
@@ -83,12 +84,13 @@ class RowWiseProxyLoss(GradientProxyLoss):
         margin: float = 0.0,  # in [0, 1], taken from the cosine of the own class
         decay: float = 0.999,  # b in [0, 1], of the average of squared lengths; 1: the mean of all steps
         threshold: float = 0.0,  # in [0, 1], of a softmax: classes of less in the whole batch stay; 0: none
+        sharded: bool = False,  # each of several processes holds a share of the classes, see shards
     ):
         super().__init__(num_classes, feature_dim, temperature=temperature, momentum=momentum, margin=margin,
-                         threshold=threshold)
+                         threshold=threshold, sharded=sharded)
         check_share("decay", decay)
         self.decay = decay
-        self.register_buffer("squares", torch.zeros(num_classes))
+        self.register_buffer("squares", torch.zeros(len(self.proxies)))
         self.register_buffer("steps", torch.zeros(()))
 
     def _rate(self, rows, pull: torch.Tensor) -> torch.Tensor:

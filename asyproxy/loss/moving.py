@@ -6,8 +6,9 @@
 __all__ = ['AGGREGATES', 'move_in_place', 'move_proxies', 'losses_and_slopes', 'unit_table', 'MovedProxyLoss',
            'AsymptoticProxyLoss', 'class_means']
 
-# %% ../../nbs/loss/moving.ipynb #a20ee586
+# %% ../../nbs/loss/moving.ipynb #4e250b4c
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from torch import nn
 
 from .proxies import (check_call, check_shapes, check_share, check_temperature, check_values,
                                    full_precision, random_proxies, unit_rows, whole_batch)
+from .shards import Shard, bytes_sent, check_processes, over_all_shares, own_shard
+from ..processes import numbers_of_all, sum_own_rows
 
 # %% ../../nbs/loss/moving.ipynb #79827dbe
 AGGREGATES = {  # sums (K, D) and counts (K, 1) of the items of a class -> what its proxy moves towards
@@ -23,11 +26,11 @@ AGGREGATES = {  # sums (K, D) and counts (K, 1) of the items of a class -> what 
     "unit": lambda sums, counts: F.normalize(sums),
 }
 
-# %% ../../nbs/loss/moving.ipynb #94089f0a
+# %% ../../nbs/loss/moving.ipynb #788e9c51
 @torch.no_grad()
 def move_in_place(
     proxies: torch.Tensor,  # (C, D), rows of unit length; those of the classes in the batch are written
-    embeddings: torch.Tensor,  # (B, D), rows of unit length, B > 0
+    embeddings: torch.Tensor,  # (B, D), rows of unit length
     labels: torch.Tensor,  # (B,), class of each row, in 0 ... C-1
     momentum: float,  # m in [0, 1]: weight of the new features
     aggregate: str = "sum",  # one of `AGGREGATES`
@@ -59,7 +62,14 @@ def move_proxies(
     move_in_place(moved, embeddings, labels, momentum)
     return moved
 
-# %% ../../nbs/loss/moving.ipynb #b60879cd
+# %% ../../nbs/loss/moving.ipynb #70fd9396
+def _write(logits: torch.Tensor, places: torch.Tensor, held: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
+    "Writes one value a row, (B, 1), at the place of the own class, where that is in this table."
+    if held is not None:
+        values = torch.where(held, values, logits.gather(1, places))
+    return logits.scatter_(1, places, values)
+
+# %% ../../nbs/loss/moving.ipynb #c6029890
 def losses_and_slopes(
     unit: torch.Tensor,  # (B, D), rows of unit length
     proxies: torch.Tensor,  # (C, D), rows of unit length
@@ -67,18 +77,35 @@ def losses_and_slopes(
     temperature: float,  # t > 0
     margin: float,  # taken from the cosine of the own class
     differentiate: bool = True,  # False: no slopes
+    shard: Shard | None = None,  # the classes of the rows of `proxies`; None: all. Else all processes call this
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # (B, 1), and (B, C): softmax, minus one for the own class
     "The cross entropy of each item, and its slope over each logit."
     logits = (unit @ proxies.T).div_(temperature)
-    own = logits.gather(1, labels[:, None]) - margin / temperature
-    others = logits.scatter_(1, labels[:, None], -torch.inf).logsumexp(1, keepdim=True)
-    slopes = None
+    places, held = shard.places(labels) if shard else (labels[:, None], None)
+    own = logits.gather(1, places)
+    others = _write(logits, places, held, torch.full_like(own, -torch.inf)).logsumexp(1, keepdim=True)
+    if shard:
+        others, own = over_all_shares(others, torch.where(held, own, 0))
+    own, slopes = own - margin / temperature, None
     if differentiate:
         slope = torch.sigmoid(others - own)
-        slopes = logits.sub_(others).exp_().mul_(slope).scatter_(1, labels[:, None], -slope)
+        slopes = _write(logits.sub_(others).exp_().mul_(slope), places, held, -slope)
     return F.softplus(others - own), slopes
 
-# %% ../../nbs/loss/moving.ipynb #58f05e5c
+# %% ../../nbs/loss/moving.ipynb #432c1f63
+class _Together(NamedTuple):
+    "The batch of all processes, which each brings to its share of the classes."
+    unit: torch.Tensor  # (N, D)
+    labels: torch.Tensor  # (N,)
+    counts: list[int]  # items of each process
+    shard: Shard  # of this process
+    differentiate: bool  # somebody asks for a gradient
+
+    def own(self, rows: torch.Tensor) -> torch.Tensor:
+        "Those of this process."
+        return rows.split(self.counts)[self.shard.rank]
+
+
 @dataclass
 class _Step:
     "One call of the loss."
@@ -90,16 +117,28 @@ class _Step:
     writes: tuple[int, int] | None = None  # to the table, up to the end of the call
     differentiated: bool = False  # its gradient has been asked for
     slopes: torch.Tensor | None = None  # (B, C), on their way out of the function of the loss
+    together: _Together | None = None  # on its way in, where classes are shared out
 
-# %% ../../nbs/loss/moving.ipynb #4012e002
+# %% ../../nbs/loss/moving.ipynb #3a227377
+def _losses_and_gradient(unit, proxies, labels, temperature, margin, step: _Step, differentiate: bool):
+    "Of the items of this process, (B, 1) and (B, D); the slopes stay with the step."
+    if not (together := step.together):
+        losses, step.slopes = losses_and_slopes(unit, proxies, labels, temperature, margin, differentiate)
+        return losses, None if step.slopes is None else step.slopes @ proxies
+    losses, step.slopes = losses_and_slopes(together.unit, proxies, together.labels, temperature, margin,
+                                            together.differentiate, together.shard)
+    gradient = None if step.slopes is None else sum_own_rows(step.slopes @ proxies, together.counts)
+    return together.own(losses), gradient
+
+
 class _ToFixedProxies(torch.autograd.Function):
     "The loss with the gradient that was computed along with it."
 
     @staticmethod
     def forward(ctx, unit, proxies, labels, temperature, margin, step: _Step):
-        losses, step.slopes = losses_and_slopes(unit, proxies, labels, temperature, margin, ctx.needs_input_grad[0])
-        gradient = None if step.slopes is None else (step.slopes @ proxies).div_(temperature * step.count)
-        ctx.save_for_backward(gradient)
+        given = unit, proxies, labels, temperature, margin
+        losses, gradient = _losses_and_gradient(*given, step, ctx.needs_input_grad[0])
+        ctx.save_for_backward(None if gradient is None else gradient.div_(temperature * step.count))
         ctx.step = step
         return losses.sum() / step.count
 
@@ -125,9 +164,20 @@ def unit_table(
     off = abs(lengths - 1) > 1e-5  # more than rounding
     return torch.where(off, wide / lengths, wide) if off.any() else wide
 
-# %% ../../nbs/loss/moving.ipynb #5014bdff
+# %% ../../nbs/loss/moving.ipynb #210da824
+def _own_rows(module: nn.Module, state: dict, prefix: str) -> dict:
+    "The state, with the rows of a share where it holds those of all classes."
+    if (shard := module.shard) is None:
+        return state
+    whole = [prefix + name for name, buffer in module.named_buffers(recurse=False) if buffer.ndim]
+    rows = {name: state[name][shard.first:shard.end].clone() for name in whole
+            if name in state and len(state[name]) == shard.num_classes}
+    return {**state, **rows}
+
+
 class _Table(nn.Module):
     "A buffer `proxies` (C, D) that is never cast to half precision, and that takes directions of any length."
+    shard: Shard | None = None  # the classes of its rows; None: all
 
     def __init__(self, proxies: torch.Tensor):
         super().__init__()
@@ -142,7 +192,7 @@ class _Table(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *others):
-        name = prefix + "proxies"
+        state_dict, name = _own_rows(self, state_dict, prefix), prefix + "proxies"
         saved = state_dict.get(name)
         if saved is not None and saved.shape == self.proxies.shape and not saved.is_meta:
             state_dict = {**state_dict, name: unit_table(saved.detach().clone())}
@@ -212,8 +262,23 @@ def _refuse_replica(module: nn.Module):
         raise ValueError("expected the loss itself, got a replica of it by nn.DataParallel: "
                          "call the loss outside of that, or start several processes")
 
-# %% ../../nbs/loss/moving.ipynb #d6b4ee69
-class _Steps(_WatchedTable):
+# %% ../../nbs/loss/moving.ipynb #c0667275
+class _Batches(_WatchedTable):
+    "The batch that a call is about, of one process or of all."
+
+    def _batch(self, unit, labels, together: bool) -> tuple[torch.Tensor, torch.Tensor, float, _Together | None]:
+        "As `whole_batch`, with what a shard needs."
+        if not self.shard:
+            return *whole_batch(unit, labels, len(self.proxies), together=together), None
+        check_processes(self.shard)
+        wanted = torch.is_grad_enabled() and unit.requires_grad
+        counts, asked = zip(*numbers_of_all(len(unit), wanted))
+        everyone, all_labels, count = whole_batch(unit, labels, self.shard.num_classes, together=True, counts=counts)
+        shared = _Together(everyone, all_labels, counts, self.shard, any(asked))
+        return everyone, all_labels, count if together else max(1, len(unit)), shared
+
+# %% ../../nbs/loss/moving.ipynb #228e8a34
+class _Steps(_Batches):
     "Evaluates, takes the next step, or the last one again; `_move` says how proxies move."
     _evaluated = _stepped = None
 
@@ -222,19 +287,20 @@ class _Steps(_WatchedTable):
 
     def _loss(self, proxies, unit, labels, step: _Step) -> tuple[torch.Tensor, torch.Tensor | None]:
         loss = _ToFixedProxies.apply(unit, proxies.to(unit.dtype), labels, self.temperature, self.margin, step)
-        slopes, step.slopes = step.slopes, None  # as large as the logits: nobody keeps them
+        slopes, step.slopes, step.together = step.slopes, None, None  # as large as the logits: nobody keeps them
         return loss, slopes
 
     def _evaluate(self, proxies, unit, labels) -> torch.Tensor:
-        _, _, count = whole_batch(unit, labels, len(proxies), together=False)
+        _, _, count, together = self._batch(unit, labels, together=False)
         self._evaluated = step = _Step(unit.detach(), labels.clone(), count, writes=_writes(self.proxies))
+        step.alone, step.together = not together, together
         return self._loss(proxies, unit, labels, step)[0]
 
     def _next_step(self, proxies, unit, labels) -> torch.Tensor:
         _refuse_replica(self)
-        everyone, all_labels, count = whole_batch(unit, labels, len(proxies), together=True)
-        alone = self._stepped is None or self._stepped.differentiated
-        step = _Step(unit.detach(), labels.clone(), count, alone)
+        everyone, all_labels, count, together = self._batch(unit, labels, together=True)
+        alone = (self._stepped is None or self._stepped.differentiated) and not together
+        step = _Step(unit.detach(), labels.clone(), count, alone, together=together)
         loss, slopes = self._loss(proxies, unit, labels, step)
         if self.momentum:
             self._move(proxies, everyone, all_labels, slopes, step)
@@ -248,7 +314,7 @@ class _Steps(_WatchedTable):
         _refuse_other_step(step, unit.detach(), labels, self.proxies)
         return self._loss(_before(step, self._unit_proxies()), unit, labels, step)[0]
 
-# %% ../../nbs/loss/moving.ipynb #d8a2293d
+# %% ../../nbs/loss/moving.ipynb #b7bf82e5
 class MovedProxyLoss(_Steps):
     "Cross entropy over cosine similarities to one proxy a class; whoever derives from it says how a proxy moves."
 
@@ -259,12 +325,23 @@ class MovedProxyLoss(_Steps):
         temperature: float,  # t > 0, divides the cosines
         momentum: float,  # m in [0, 1], of the move; 0: there is none
         margin: float,  # in [0, 1], taken from the cosine of the own class
+        sharded: bool = False,  # each of several processes holds a share of the classes; they have joined already
     ):
         check_temperature(temperature)
         check_share("momentum", momentum)
         check_share("margin", margin)
-        super().__init__(random_proxies(num_classes, feature_dim))
-        self.temperature, self.momentum, self.margin = temperature, momentum, margin
+        shard = own_shard(num_classes) if sharded else None
+        super().__init__(random_proxies(num_classes, feature_dim, slice(shard.first, shard.end) if shard else slice(None)))
+        self.temperature, self.momentum, self.margin, self.shard = temperature, momentum, margin, shard
+
+    def extra_repr(self) -> str:
+        "For `print`: what is held here, and what a step costs."
+        if not self.shard:
+            return f"{len(self.proxies)} classes"
+        _, first, end, rank, size = self.shard
+        sent = bytes_sent([32] * size, self.proxies.shape[1], rank, self.proxies.element_size())
+        return (f"classes {first} ... {end - 1} of {self.shard.num_classes}, in process {rank} of {size}; "
+                f"a step on 32 embeddings a process sends {sent} bytes")
 
     @torch.compiler.disable
     def forward(
@@ -285,7 +362,7 @@ class MovedProxyLoss(_Steps):
             loss = self._next_step if self.training else self._evaluate
             return loss(self._unit_proxies(), unit, labels)
 
-# %% ../../nbs/loss/moving.ipynb #4598c15b
+# %% ../../nbs/loss/moving.ipynb #a0e2e388
 class AsymptoticProxyLoss(MovedProxyLoss):
     "Cross entropy over cosine similarities to one proxy a class; in training mode each call then moves the proxies."
 
@@ -298,13 +375,16 @@ class AsymptoticProxyLoss(MovedProxyLoss):
         momentum: float = 0.5,  # m in [0, 1], weight of the new features
         margin: float = 0.0,  # in [0, 1], taken from the cosine of the own class
         aggregate: str = "sum",  # of a class in the batch: sum, mean, or unit, the direction of the sum
+        sharded: bool = False,  # each of several processes holds a share of the classes, see shards
     ):
-        super().__init__(num_classes, feature_dim, temperature, momentum, margin)
+        super().__init__(num_classes, feature_dim, temperature, momentum, margin, sharded)
         if aggregate not in AGGREGATES:
             raise ValueError(f"expected aggregate to be one of {', '.join(AGGREGATES)}, got {aggregate!r}")
         self.aggregate = aggregate
 
     def _move(self, proxies, embeddings, labels, slopes, step: _Step):
+        if self.shard:
+            embeddings, labels = self.shard.own(embeddings, labels)
         step.moved = move_in_place(proxies, embeddings, labels, self.momentum, self.aggregate)
 
 # %% ../../nbs/loss/moving.ipynb #9befa164
