@@ -38,24 +38,24 @@ class Shard(NamedTuple):
         places, held = self.places(labels)
         return embeddings[held[:, 0]], places[held]
 
-# %% ../../nbs/loss/shards.ipynb #34574240
+# %% ../../nbs/loss/shards.ipynb #766b6290
 def own_shard(
     num_classes: int,  # C
-) -> Shard | None:  # None: this process stands alone
+) -> Shard:
     "The share of this process. Raises ValueError where there are fewer classes than processes."
     rank, size = world()
     if num_classes < size:
         raise ValueError(f"expected at least one class for each of the {size} processes that share the proxies, "
                          f"got {num_classes} classes")
     rows = share(num_classes)
-    return Shard(num_classes, rows.start, rows.stop, rank, size) if size > 1 else None
+    return Shard(num_classes, rows.start, rows.stop, rank, size)
 
 
 def check_processes(
-    shard: Shard | None,  # of a loss; None: it holds the whole table
+    shard: Shard,  # of a loss
 ):
     "Raises ValueError where the processes are not those that the classes were shared out to."
-    if shard and world() != (shard.rank, shard.processes):
+    if world() != (shard.rank, shard.processes):
         raise ValueError(f"expected process {shard.rank} of {shard.processes}, for which these proxies were made, got "
                          f"process {world()[0]} of {world()[1]}: make the loss after the processes have joined")
 
