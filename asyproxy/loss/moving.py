@@ -231,13 +231,13 @@ def unit_table(
     off = abs(lengths - 1) > 1e-5  # more than rounding
     return torch.where(off, wide / lengths, wide) if off.any() else wide
 
-# %% ../../nbs/loss/moving.ipynb #210da824
+# %% ../../nbs/loss/moving.ipynb #476a01f3
 def _own_rows(module: nn.Module, state: dict, prefix: str) -> dict:
     "The state, with the rows of a share where it holds those of all classes."
     if (shard := module.shard) is None:
         return state
-    whole = [prefix + name for name, buffer in module.named_buffers(recurse=False) if buffer.ndim]
-    rows = {name: state[name][shard.first:shard.end].clone() for name in whole
+    names = [prefix + name for name in module.class_rows()]
+    rows = {name: state[name][shard.first:shard.end].clone() for name in names
             if name in state and len(state[name]) == shard.num_classes}
     return {**state, **rows}
 
@@ -249,6 +249,10 @@ class _Table(nn.Module):
     def __init__(self, proxies: torch.Tensor):
         super().__init__()
         self.register_buffer("proxies", proxies)
+
+    def class_rows(self) -> dict[str, torch.Tensor]:
+        "The buffers that have a row a class."
+        return {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.ndim}
 
     def _apply(self, function, recurse=True):  # all of .to, .half, .cuda, .to_empty
         exact = dict(self.named_buffers(recurse=False))

@@ -12,7 +12,7 @@ import torch
 
 from ..processes import largest_of_processes, share, sum_over_processes, world
 
-# %% ../../nbs/loss/shards.ipynb #b42a8a5b
+# %% ../../nbs/loss/shards.ipynb #a88201fa
 class Shard(NamedTuple):
     "The classes whose proxies one process holds."
     num_classes: int  # C, of all processes together
@@ -28,6 +28,11 @@ class Shard(NamedTuple):
         "Where the proxy of each item is."
         held = (labels >= self.first) & (labels < self.end)
         return torch.where(held, labels - self.first, 0)[:, None], held[:, None]
+
+    def of_all(self) -> list[tuple[int, int]]:
+        "First class and end of the share of each process."
+        classes, size = self.num_classes, self.processes
+        return [(classes * rank // size, classes * (rank + 1) // size) for rank in range(size)]
 
     def own(
         self,
