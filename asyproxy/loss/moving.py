@@ -63,14 +63,14 @@ def move_proxies(
     move_in_place(moved, embeddings, labels, momentum)
     return moved
 
-# %% ../../nbs/loss/moving.ipynb #9b0fc8fb
+# %% ../../nbs/loss/moving.ipynb #4d05e626
 def _write(logits: torch.Tensor, places: torch.Tensor, held: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
     "Writes one value a row, (B, 1), at the place of the own class, where that is in this table."
     if held is not None:
         values = torch.where(held, values, logits.gather(1, places))
     return logits.scatter_(1, places, values)
 
-
+# %% ../../nbs/loss/moving.ipynb #794649b5
 class _Logits(NamedTuple):
     "Of items and the proxies of some classes."
     logits: torch.Tensor  # (B, C), -inf for the own class of an item
@@ -106,7 +106,7 @@ def losses_and_slopes(
     slopes = found.slopes(found.others, torch.sigmoid(distance)) if differentiate else None
     return F.softplus(distance), slopes
 
-# %% ../../nbs/loss/moving.ipynb #c3c22943
+# %% ../../nbs/loss/moving.ipynb #12924de6
 _KEPT = 2**28  # logits that are held at a time; 1 GB in float32
 
 
@@ -116,8 +116,8 @@ class SlopeBlocks:
     unit: torch.Tensor  # (N, D)
     proxies: torch.Tensor  # (C, D), of the share
     labels: torch.Tensor  # (N,)
-    temperature: float
-    shard: Shard
+    temperature: float  # t > 0
+    shard: Shard  # of this process
     others: torch.Tensor | None = None  # (N, 1), log sum exp of all classes of all shares but the own
     slope: torch.Tensor | None = None  # (N, 1), of the own class, times -1
     only: _Logits | None = None  # the first block, where there is no second
@@ -185,7 +185,7 @@ class _Step:
     slopes: torch.Tensor | SlopeBlocks | None = None  # (B, C), on their way out of the function of the loss
     together: _Together | None = None  # on its way in, where classes are shared out
 
-# %% ../../nbs/loss/moving.ipynb #e971e429
+# %% ../../nbs/loss/moving.ipynb #0bdb5437
 def _losses_and_gradient(unit, proxies, labels, temperature, margin, step: _Step, differentiate: bool):
     "Of the items of this process, (B, 1) and (B, D); the slopes stay with the step."
     if not (together := step.together):
@@ -197,7 +197,7 @@ def _losses_and_gradient(unit, proxies, labels, temperature, margin, step: _Step
         gradient = sum_own_rows(sum(block @ proxies[rows] for rows, block in slopes), together.counts)
     return losses, gradient
 
-
+# %% ../../nbs/loss/moving.ipynb #7d162791
 class _ToFixedProxies(torch.autograd.Function):
     "The loss with the gradient that was computed along with it."
 
@@ -385,7 +385,7 @@ class _Steps(_Batches):
         _refuse_other_step(step, unit.detach(), labels, self.proxies)
         return self._loss(_before(step, self._unit_proxies()), unit, labels, step)[0]
 
-# %% ../../nbs/loss/moving.ipynb #b7bf82e5
+# %% ../../nbs/loss/moving.ipynb #f0c37df3
 class MovedProxyLoss(_Steps):
     "Cross entropy over cosine similarities to one proxy a class; whoever derives from it says how a proxy moves."
 
@@ -402,7 +402,8 @@ class MovedProxyLoss(_Steps):
         check_share("momentum", momentum)
         check_share("margin", margin)
         shard = own_shard(num_classes) if sharded else None
-        super().__init__(random_proxies(num_classes, feature_dim, slice(shard.first, shard.end) if shard else slice(None)))
+        rows = slice(shard.first, shard.end) if shard else slice(None)
+        super().__init__(random_proxies(num_classes, feature_dim, rows))
         self.temperature, self.momentum, self.margin, self.shard = temperature, momentum, margin, shard
 
     def extra_repr(self) -> str:

@@ -46,7 +46,7 @@ def remove_rows(
         if path not in left:
             path.unlink(missing_ok=True)
 
-# %% ../../nbs/loss/shard_files.ipynb #272dfbf9
+# %% ../../nbs/loss/shard_files.ipynb #844b1c1c
 def load_rows(
     folder: str | Path,  # of the files
     name: str,  # of the table
@@ -66,5 +66,6 @@ def load_rows(
             parts.append({key: tensor[wanted].clone() for key, tensor in tensors.items()})
     found = {key: torch.cat([part[key] for part in parts]) for key in parts[0]} if parts else {}
     if any(len(tensor) != end - first for tensor in found.values()) or not found:
-        raise ValueError(f"expected the rows {first} ... {end - 1} among the shares {list(shares)} of {name} in {folder}")
+        raise ValueError(f"expected the rows {first} ... {end - 1} of {name} in {folder}, "
+                         f"got the shares {', '.join(f'{start} ... {stop - 1}' for start, stop in shares)}")
     return found

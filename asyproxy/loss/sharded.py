@@ -24,7 +24,7 @@ def memory_needed(
     return {"table": copies * rows * feature_dim * number, "state": rows * state,
             "logits": 4 * items * min(rows, max(1, _KEPT // items)), "batch": 3 * 4 * items * feature_dim}
 
-# %% ../../nbs/loss/sharded.ipynb #bc2dadc8
+# %% ../../nbs/loss/sharded.ipynb #e2aa0d08
 def step_seconds(
     num_classes: int,  # C
     feature_dim: int,  # D
@@ -43,4 +43,5 @@ def step_seconds(
     table = rows * feature_dim * 4
     rounds = 9 * (len(counts) - 1)  # two for each of three reductions, one for each of three exchanges
     return {"products": products * 2 * items * rows * feature_dim / flops,
-            "table": (products + pushed) * table / memory, "link": bytes_sent(counts, feature_dim) / link + rounds * latency}
+            "table": (products + pushed) * table / memory,
+            "link": bytes_sent(counts, feature_dim) / link + rounds * latency}

@@ -21,14 +21,14 @@ from ..model.embedding import load_plain_state, plain_state
 from ..processes import gather_rows, numbers_of_all
 from ..retrieval.folder import MANIFEST, remove_leftovers
 
-# %% ../../nbs/training/checkpoints.ipynb #cfd901ef
+# %% ../../nbs/training/checkpoints.ipynb #5a85318b
 def shared_rows(
     criterion: nn.Module,  # a loss
 ) -> dict[str, torch.Tensor]:  # by name; empty where each process holds all
     "What a process holds of a loss and the others do not: the rows of its share of the classes."
     return criterion.class_rows() if getattr(criterion, "shard", None) else {}
 
-
+# %% ../../nbs/training/checkpoints.ipynb #a90b90d8
 class TrainingState:
     "Everything that training changes."
 

@@ -213,7 +213,7 @@ def _check_training(model: nn.Module, images: Dataset, plan: _Plan, patience: in
     check_recipe(num_epochs=plan.num_epochs, warm_up=plan.warm_up, patience=patience, validated=bool(select))
     _check_batches(images, plan)
 
-# %% ../../nbs/training/loop.ipynb #08896cdc
+# %% ../../nbs/training/loop.ipynb #7ebb675d
 def _judge(model: nn.Module, validate: Callable | None, select: str | None, before: dict | None, entry: dict):
     "Adds validation and signs of a collapse to the entry of an epoch, and to the first one what was before."
     entry["validation"] = validate(model) if validate else {}
@@ -227,7 +227,8 @@ def _judge(model: nn.Module, validate: Callable | None, select: str | None, befo
 
 def _keep(folder: str | Path | None, state: TrainingState, select: str | None, settings: dict, log: EpochLog):
     "Writes the best model, if it is this one, the log, and the checkpoint; nothing without a folder."
-    if not folder:
+    save_share(folder, state)
+    if not folder or world()[0] > 0:
         return
     best = best_epoch(state.history, select)
     if best == state.history[-1]["epoch"]:
@@ -274,7 +275,7 @@ def _one_epoch(step, state: TrainingState, images: Dataset, epoch: int, plan: _P
     state.history.append(entry)
     _tell(bar, entry, select)
 
-# %% ../../nbs/training/loop.ipynb #34fbc1da
+# %% ../../nbs/training/loop.ipynb #f511d8ea
 def train(
     model: EmbeddingModel,  # trained in place, on its device
     criterion: nn.Module,  # a loss, called with embeddings and class indices; its parameters are trained too
@@ -318,6 +319,5 @@ def train(
             _one_epoch(step, state, images, epoch, plan, num_workers, judge, select, progress)
             if watch:
                 watch(epoch)
-            save_share(folder, state)
-            _keep(own, state, select, settings, log)
+            _keep(folder, state, select, settings, log)
     return state.history
