@@ -27,7 +27,7 @@ AGGREGATES = {  # sums (K, D) and counts (K, 1) of the items of a class -> what 
     "unit": lambda sums, counts: F.normalize(sums),
 }
 
-# %% ../../nbs/loss/moving.ipynb #788e9c51
+# %% ../../nbs/loss/moving.ipynb #08ca152d
 @torch.no_grad()
 def move_in_place(
     proxies: torch.Tensor,  # (C, D), rows of unit length; those of the classes in the batch are written
@@ -35,14 +35,17 @@ def move_in_place(
     labels: torch.Tensor,  # (B,), class of each row, in 0 ... C-1
     momentum: float,  # m in [0, 1]: weight of the new features
     aggregate: str = "sum",  # one of `AGGREGATES`
-) -> tuple[torch.Tensor, torch.Tensor]:  # the classes (K,) that moved, and where they were, (K, D)
+) -> tuple[torch.Tensor, torch.Tensor]:  # the class of each item, in order (B,), and where its proxy was, (B, D)
     "Moves the proxies of the classes in a batch, which is not checked: normalise((1 - m) p + m * sum of f(x))."
-    labels = labels.long()
-    classes, counts = labels.unique(return_counts=True)
-    ordered = embeddings.to(full_precision(embeddings))[labels.argsort(stable=True)]
-    sums = torch.segment_reduce(ordered, "sum", lengths=counts, axis=0)
+    if not len(labels):
+        return labels, embeddings
+    classes, order = labels.long().sort(stable=True)
+    place = F.pad((classes[1:] != classes[:-1]).long(), (1, 0)).cumsum(0)  # of the class among those of the batch
+    counts = torch.zeros_like(place).scatter_add_(0, place, torch.ones_like(place))
+    ordered = embeddings.to(full_precision(embeddings))[order]
+    sums = torch.segment_reduce(ordered, "sum", lengths=counts, axis=0, unsafe=True)[place]
     old = proxies[classes].to(sums.dtype)
-    new = (1 - momentum) * old + momentum * AGGREGATES[aggregate](sums, counts[:, None])
+    new = (1 - momentum) * old + momentum * AGGREGATES[aggregate](sums, counts[place, None])
     length = new.norm(dim=1, keepdim=True)
     moved = torch.where(length > 0, new / length, old)  # opposite items may cancel: no direction, no move
     proxies[classes] = moved.to(proxies.dtype)
@@ -158,7 +161,7 @@ def shared_losses(
         slopes.only = slopes.only.slopes(others, slopes.slope)
     return F.softplus(distance)
 
-# %% ../../nbs/loss/moving.ipynb #71a9f5f6
+# %% ../../nbs/loss/moving.ipynb #597eeb25
 class _Together(NamedTuple):
     "The batch of all processes, which each brings to its share of the classes."
     unit: torch.Tensor  # (N, D)
@@ -179,7 +182,7 @@ class _Step:
     labels: torch.Tensor  # (B,)
     count: float  # what the sum over the items was divided by
     alone: bool = True  # no earlier step was still without its gradient
-    moved: tuple[torch.Tensor, torch.Tensor] | None = None  # the classes (K,) that moved, and where they were, (K, D)
+    moved: tuple[torch.Tensor, torch.Tensor] | None = None  # the classes (B,) that moved, and where they were, (B, D)
     writes: tuple[int, int] | None = None  # to the table, up to the end of the call
     differentiated: bool = False  # its gradient has been asked for
     slopes: torch.Tensor | SlopeBlocks | None = None  # (B, C), on their way out of the function of the loss
