@@ -6,11 +6,12 @@
 __all__ = ['LOWEST_RANK', 'LOWEST_SEPARATION', 'HIGHEST_COSINE', 'JUDGED', 'effective_rank', 'mean_cosine', 'ordered_pairs',
            'geometry', 'collapse_signs']
 
-# %% ../../nbs/evaluation/collapse.ipynb #b6ea46d0
+# %% ../../nbs/evaluation/collapse.ipynb #d45d470c
 import math
 
 import torch
 
+from ..processes import sum_over_processes
 from ..uncertainty import errors_above
 
 # %% ../../nbs/evaluation/collapse.ipynb #6b07a13a
@@ -22,12 +23,17 @@ def effective_rank(
     values = values[values > 0] / values.sum()
     return math.exp(-(values * values.log()).sum().item())
 
-# %% ../../nbs/evaluation/collapse.ipynb #8ec74336
+# %% ../../nbs/evaluation/collapse.ipynb #c52fd8ff
 def mean_cosine(
     proxies: torch.Tensor,  # (C, D), rows of any length but 0
+    shared: bool = False,  # these are the rows of one process, and others have others
 ) -> float:  # in [-1/(C-1), 1]
     "Of all pairs of different rows."
-    count, total = len(proxies), torch.nn.functional.normalize(proxies.detach().float()).sum(0).double()
+    parts = proxies.detach().split(4096) if shared else [proxies.detach()]
+    count, total = len(proxies), sum(torch.nn.functional.normalize(part.float()).sum(0).double() for part in parts)
+    if shared:
+        *total, count = sum_over_processes(torch.cat([total, total.new_tensor([count])]).cpu())
+        count, total = int(count), torch.stack(total)
     return ((total @ total).item() - count) / (count * (count - 1))
 
 # %% ../../nbs/evaluation/collapse.ipynb #4333dd65
@@ -44,18 +50,19 @@ def ordered_pairs(
     below = (torch.searchsorted(others, pairs) + torch.searchsorted(others, pairs, right=True)).double() / 2
     return torch.stack([below.sum() / len(others), torch.tensor(len(pairs), device=labels.device).double()])
 
-# %% ../../nbs/evaluation/collapse.ipynb #94ac56e9
+# %% ../../nbs/evaluation/collapse.ipynb #0155a35c
 def geometry(
     moments: torch.Tensor,  # (D, D), of the embeddings of an epoch
     order: torch.Tensor,  # (2,), sum of `ordered_pairs` over its batches
     proxies: torch.Tensor | None,  # (C, D); None: the loss has none
+    shared: bool = False,  # the proxies are those of one process, and others have others
 ) -> dict[str, float]:  # effective_rank and, where there are pairs and proxies, separation and proxy_cosine
     "What `collapse_signs` looks at."
     measures = {"effective_rank": effective_rank(moments)}
     if order[1]:
         measures["separation"] = (order[0] / order[1]).item()
     if proxies is not None:
-        measures["proxy_cosine"] = mean_cosine(proxies)
+        measures["proxy_cosine"] = mean_cosine(proxies, shared)
     return measures
 
 # %% ../../nbs/evaluation/collapse.ipynb #2b986674

@@ -44,20 +44,22 @@ class LossEntry:
     at_means: bool = False  # its proxies begin at the class means, whatever the experiment says of them
     per_class: int | None = None  # images of each class in a batch; None: any batch will do
 
-# %% ../../nbs/loss/catalogue.ipynb #22556ecc
+# %% ../../nbs/loss/catalogue.ipynb #cb1848b8
 _MARGIN = Option(0.0, 0.0, 1.0, "taken from the cosine of the own class")
 _SCALE = Option(64.0, 0.1, 1000.0, "of the cosines")
 _THRESHOLD = Option(0.0, 0.0, 1.0, "of a softmax; classes of less in a whole batch stay")
+_SHARDED = Option(0, 0, 1, "1: each of several processes holds a share of the classes", whole=True)
 LOSSES: dict[str, LossEntry] = {
     "moving": LossEntry("moving proxies", AsymptoticProxyLoss, ("temperature", "momentum"), moves=True, options={
         "margin": _MARGIN,
-        "aggregate": Option("sum", 0, 0, "of a class in the batch", words=tuple(AGGREGATES))}),
+        "aggregate": Option("sum", 0, 0, "of a class in the batch", words=tuple(AGGREGATES)),
+        "sharded": _SHARDED}),
     "gradient": LossEntry("gradient step", GradientProxyLoss, ("temperature", "momentum"), moves=True, options={
-        "margin": _MARGIN, "threshold": _THRESHOLD}),
+        "margin": _MARGIN, "threshold": _THRESHOLD, "sharded": _SHARDED}),
     "row_wise": LossEntry("row-wise step", RowWiseProxyLoss, ("temperature", "momentum"), moves=True, options={
         "margin": _MARGIN,
         "decay": Option(0.999, 0.0, 1.0, "of the average of squared gradients of a class; 1: the mean of all"),
-        "threshold": _THRESHOLD}),
+        "threshold": _THRESHOLD, "sharded": _SHARDED}),
     "learnable": LossEntry(
         "learnable proxies", LearnableProxyLoss, ("temperature",), {"margin": _MARGIN}, lr_factor=1.0),
     "class_means": LossEntry("fixed class means", class_means, ("temperature",), at_means=True),

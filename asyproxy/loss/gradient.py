@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['push_in_place', 'GradientProxyLoss', 'RowWiseProxyLoss']
 
-# %% ../../nbs/loss/gradient.ipynb #fc15e756
+# %% ../../nbs/loss/gradient.ipynb #6c503148
 from collections.abc import Callable, Iterator
 
 import torch
 
-from .moving import MovedProxyLoss, losses_and_slopes
+from .moving import MovedProxyLoss, SlopeBlocks, losses_and_slopes
 from .proxies import check_share
 
 # %% ../../nbs/loss/gradient.ipynb #ce635aa2
@@ -25,23 +25,35 @@ def _blocks(slopes: torch.Tensor, threshold: float) -> Iterator[slice | torch.Te
     else:
         yield from (slice(start, start + _BLOCK) for start in range(0, slopes.shape[1], _BLOCK))
 
-# %% ../../nbs/loss/gradient.ipynb #dcc4e659
+# %% ../../nbs/loss/gradient.ipynb #22d944c9
+def _pulls(
+    embeddings: torch.Tensor, slopes: torch.Tensor | SlopeBlocks, threshold: float,
+) -> Iterator[tuple[slice | torch.Tensor, torch.Tensor]]:
+    "Rows of the table, and the negative gradient for them."
+    for all_rows, part in [(slice(0, None), slopes)] if isinstance(slopes, torch.Tensor) else slopes:
+        first = all_rows.start
+        for rows in _blocks(part, threshold):
+            pull = -(part[:, rows].T @ embeddings)
+            yield (slice(first + rows.start, first + rows.start + len(pull)) if isinstance(rows, slice) else
+                   first + rows), pull
+
+# %% ../../nbs/loss/gradient.ipynb #953a3958
 @torch.no_grad()
 def push_in_place(
     proxies: torch.Tensor,  # (C, D), rows of unit length, which are written
     embeddings: torch.Tensor,  # (B, D), rows of unit length
-    slopes: torch.Tensor,  # (B, C): softmax, minus one for the own class
+    slopes: torch.Tensor | SlopeBlocks,  # (B, C): softmax, minus one for the own class
     rate: Callable[[slice | torch.Tensor, torch.Tensor], torch.Tensor | float],  # rows (R), g (R, D) -> (R, 1) or one
     threshold: float = 0.0,  # rows whose slopes are all this small stay; 0: none
 ):
     "Moves proxies along the negative gradient of the loss: normalise(p + rate * g)."
-    for rows in _blocks(slopes, threshold):
-        old, pull = proxies[rows], -(slopes[:, rows].T @ embeddings)
+    for rows, pull in _pulls(embeddings, slopes, threshold):
+        old = proxies[rows]
         moved = old + rate(rows, pull) * pull
         length = moved.norm(dim=1, keepdim=True)
         proxies[rows] = torch.where(length > 0, moved / length, old).to(proxies.dtype)
 
-# %% ../../nbs/loss/gradient.ipynb #8ccbaf57
+# %% ../../nbs/loss/gradient.ipynb #09f6aff2
 class GradientProxyLoss(MovedProxyLoss):
     "Cross entropy over cosine similarities; in training mode each call moves the proxies along its own gradient."
 
@@ -54,8 +66,9 @@ class GradientProxyLoss(MovedProxyLoss):
         momentum: float = 0.5,  # m in [0, 1], times the gradient
         margin: float = 0.0,  # in [0, 1], taken from the cosine of the own class
         threshold: float = 0.0,  # in [0, 1], of a softmax: classes of less in the whole batch stay; 0: none
+        sharded: bool = False,  # each of several processes holds a share of the classes, see shards
     ):
-        super().__init__(num_classes, feature_dim, temperature, momentum, margin)
+        super().__init__(num_classes, feature_dim, temperature, momentum, margin, sharded)
         check_share("threshold", threshold)
         self.threshold = threshold
 
@@ -64,12 +77,12 @@ class GradientProxyLoss(MovedProxyLoss):
 
     def _move(self, proxies, embeddings, labels, slopes, step):
         step.alone = False
-        if slopes is None or len(slopes) != len(embeddings):
+        if slopes is None or not self.shard and len(slopes) != len(embeddings):
             given = embeddings, proxies.to(embeddings.dtype), labels, self.temperature, self.margin
             _, slopes = losses_and_slopes(*given)
         push_in_place(proxies, embeddings, slopes, self._rate, self.threshold)
 
-# %% ../../nbs/loss/gradient.ipynb #e4ebc198
+# %% ../../nbs/loss/gradient.ipynb #28474d34
 class RowWiseProxyLoss(GradientProxyLoss):
     "Cross entropy over cosine similarities; each call moves a proxy by its gradient over what is usual for its class."
 
@@ -83,12 +96,13 @@ class RowWiseProxyLoss(GradientProxyLoss):
         margin: float = 0.0,  # in [0, 1], taken from the cosine of the own class
         decay: float = 0.999,  # b in [0, 1], of the average of squared lengths; 1: the mean of all steps
         threshold: float = 0.0,  # in [0, 1], of a softmax: classes of less in the whole batch stay; 0: none
+        sharded: bool = False,  # each of several processes holds a share of the classes, see shards
     ):
         super().__init__(num_classes, feature_dim, temperature=temperature, momentum=momentum, margin=margin,
-                         threshold=threshold)
+                         threshold=threshold, sharded=sharded)
         check_share("decay", decay)
         self.decay = decay
-        self.register_buffer("squares", torch.zeros(num_classes))
+        self.register_buffer("squares", torch.zeros(len(self.proxies)))
         self.register_buffer("steps", torch.zeros(()))
 
     def _rate(self, rows, pull: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,9 @@ __all__ = ['check_sizes', 'random_proxies', 'place_proxies', 'full_precision', '
            'cross_entropies', 'cross_entropy', 'check_share', 'Diverged', 'check_shapes', 'check_call', 'check_values',
            'check_temperature', 'whole_batch']
 
-# %% ../../nbs/loss/proxies.ipynb #9850ea8a
+# %% ../../nbs/loss/proxies.ipynb #35a1c6b7
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 
@@ -23,15 +25,34 @@ def check_sizes(
         raise ValueError("expected at least 2 classes and 1 dimension, "
                          f"got num_classes={num_classes}, feature_dim={feature_dim}")
 
-# %% ../../nbs/loss/proxies.ipynb #637c0f65
+# %% ../../nbs/loss/proxies.ipynb #dbb72c50
+_BLOCK = 4096  # rows
+
+
+def _blocks(count: int) -> Iterator[tuple[int, int]]:
+    "First row and end of each block of a table."
+    start = 0
+    while start < count:
+        end = start + _BLOCK if count - start >= 2 * _BLOCK else count
+        yield start, end
+        start = end
+
+# %% ../../nbs/loss/proxies.ipynb #065345e9
 def random_proxies(
     num_classes: int,  # C >= 2
     feature_dim: int,  # D >= 1, dimensions of an embedding
-) -> torch.Tensor:  # (C, D), float32, rows of unit length
+    rows: slice = slice(None),  # of the table, neighbours: those that are kept
+) -> torch.Tensor:  # (C, D), float32, rows of unit length; of `rows` alone
     "Directions at random, from torch's generator. Raises ValueError on fewer than 2 classes or no dimension."
     check_sizes(num_classes, feature_dim)
     dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
-    return F.normalize(torch.randn(num_classes, feature_dim, dtype=dtype))
+    first, last, _ = rows.indices(num_classes)
+    table = torch.empty(last - first, feature_dim, dtype=dtype)
+    for start, end in _blocks(num_classes):
+        block = F.normalize(torch.randn(end - start, feature_dim, dtype=dtype))
+        kept = slice(max(start, first), max(start, first, min(end, last)))
+        table[kept.start - first:kept.stop - first] = block[kept.start - start:kept.stop - start]
+    return table
 
 # %% ../../nbs/loss/proxies.ipynb #5118b68d
 @torch.no_grad()
@@ -160,18 +181,19 @@ def check_temperature(
     if not 0 < temperature < torch.inf:
         raise ValueError(f"expected a temperature > 0 that is finite, got {temperature}")
 
-# %% ../../nbs/loss/proxies.ipynb #bbfda2a3
+# %% ../../nbs/loss/proxies.ipynb #4e42fffa
 def whole_batch(
     unit: torch.Tensor,  # (B, D), the items of this process, rows of unit length
     labels: torch.Tensor,  # (B,), integers
     num_classes: int,  # C
     *,
     together: bool,  # False: nobody waits for anybody, and the batch is that of this process
+    counts: list[int] | None = None,  # items of each process, where that is known already
 ) -> tuple[torch.Tensor, torch.Tensor, float]:  # (N, D), (N,), and what the sum over the own items is divided by
     "The checked batch of all processes, without a gradient. Raises what `check_values` raises, in all of them."
     if not together:
         check_values(unit.detach(), labels, num_classes)
         return unit.detach(), labels, len(unit)
-    everyone, all_labels = gather_rows(unit, labels)
+    everyone, all_labels = gather_rows(unit, labels, counts=counts)
     check_values(everyone, all_labels, num_classes)
     return everyone, all_labels, len(everyone) / world()[1]

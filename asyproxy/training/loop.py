@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Step', 'take_step', 'train']
 
-# %% ../../nbs/training/loop.ipynb #a405bbfb
+# %% ../../nbs/training/loop.ipynb #9c62087d
 import math
 import sys
 import warnings
@@ -24,7 +24,7 @@ from ..evaluation.collapse import collapse_signs, geometry, ordered_pairs
 from ..model import EmbeddingModel, save_model
 from ..processes import sum_over_processes, world
 from .batches import batches, by_class, fills, shuffled
-from .checkpoints import TrainingState, resume, save_checkpoint
+from .checkpoints import TrainingState, resume, save_checkpoint, save_share, shared_rows
 from .devices import set_precision
 from .log import EpochLog
 from asyproxy.training.recipe import (
@@ -72,11 +72,12 @@ def take_step(
     scaler.update()
     return loss, embeddings
 
-# %% ../../nbs/training/loop.ipynb #71815749
+# %% ../../nbs/training/loop.ipynb #bdcf8c44
 def _shared(step: Step, device: torch.device) -> nn.Module:
     "The step of one process among others."
     if world()[1] == 1:
         return step
+    step._ddp_params_and_buffers_to_ignore = [f"criterion.{name}" for name in shared_rows(step.criterion)]
     devices = [device] if device.type == "cuda" else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the newest torch has another name for broadcast_buffers
@@ -129,12 +130,13 @@ def _pass(
         advance()
     return total, seen, moments, order
 
-# %% ../../nbs/training/loop.ipynb #2f483093
-def _over_processes(total: float, images: int, moments: torch.Tensor, order: torch.Tensor, proxies) -> dict:
+# %% ../../nbs/training/loop.ipynb #be4525ca
+def _over_processes(total: float, images: int, moments: torch.Tensor, order: torch.Tensor, criterion) -> dict:
     "Images that were seen, their mean loss, and the geometry of embeddings and proxies."
     total = sum_over_processes(torch.tensor(total, dtype=torch.float64)).item()
     loss = total / world()[1] / images
-    measures = geometry(sum_over_processes(moments), sum_over_processes(order), proxies)
+    proxies, shared = getattr(criterion, "proxies", None), bool(shared_rows(criterion))
+    measures = geometry(sum_over_processes(moments), sum_over_processes(order), proxies, shared=shared)
     return {"images": images, "loss": loss, "geometry": measures}
 
 # %% ../../nbs/training/loop.ipynb #215179de
@@ -166,7 +168,7 @@ def _beginning(model: nn.Module, criterion: nn.Module, plan: _Plan, folder, sett
     resume(folder, state, settings)
     return state
 
-# %% ../../nbs/training/loop.ipynb #9f99891c
+# %% ../../nbs/training/loop.ipynb #17cec494
 def _train_epoch(step, state: TrainingState, images: Dataset, epoch: int, plan: _Plan, workers: int, bar: tqdm) -> dict:
     "Trains an epoch, and begins its entry in the history."
     seed_everything(plan.seed, epoch)
@@ -176,7 +178,7 @@ def _train_epoch(step, state: TrainingState, images: Dataset, epoch: int, plan: 
     bar.total = len(rows)
     read = batches(Seeded(images, plan.seed, epoch), rows, workers, next(step.parameters()).device)
     sums = _pass(step, state, read, bar.update)
-    return {"epoch": epoch, "lr": lr, **_over_processes(*sums, getattr(state.criterion, "proxies", None))}
+    return {"epoch": epoch, "lr": lr, **_over_processes(*sums, state.criterion)}
 
 # %% ../../nbs/training/loop.ipynb #232c72b6
 def _check_numbers(plan: _Plan, patience: int):
@@ -211,7 +213,7 @@ def _check_training(model: nn.Module, images: Dataset, plan: _Plan, patience: in
     check_recipe(num_epochs=plan.num_epochs, warm_up=plan.warm_up, patience=patience, validated=bool(select))
     _check_batches(images, plan)
 
-# %% ../../nbs/training/loop.ipynb #08896cdc
+# %% ../../nbs/training/loop.ipynb #7ebb675d
 def _judge(model: nn.Module, validate: Callable | None, select: str | None, before: dict | None, entry: dict):
     "Adds validation and signs of a collapse to the entry of an epoch, and to the first one what was before."
     entry["validation"] = validate(model) if validate else {}
@@ -225,7 +227,8 @@ def _judge(model: nn.Module, validate: Callable | None, select: str | None, befo
 
 def _keep(folder: str | Path | None, state: TrainingState, select: str | None, settings: dict, log: EpochLog):
     "Writes the best model, if it is this one, the log, and the checkpoint; nothing without a folder."
-    if not folder:
+    save_share(folder, state)
+    if not folder or world()[0] > 0:
         return
     best = best_epoch(state.history, select)
     if best == state.history[-1]["epoch"]:
@@ -272,7 +275,7 @@ def _one_epoch(step, state: TrainingState, images: Dataset, epoch: int, plan: _P
     state.history.append(entry)
     _tell(bar, entry, select)
 
-# %% ../../nbs/training/loop.ipynb #deb8f0af
+# %% ../../nbs/training/loop.ipynb #f511d8ea
 def train(
     model: EmbeddingModel,  # trained in place, on its device
     criterion: nn.Module,  # a loss, called with embeddings and class indices; its parameters are trained too
@@ -316,5 +319,5 @@ def train(
             _one_epoch(step, state, images, epoch, plan, num_workers, judge, select, progress)
             if watch:
                 watch(epoch)
-            _keep(own, state, select, settings, log)
+            _keep(folder, state, select, settings, log)
     return state.history

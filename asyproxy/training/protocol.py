@@ -7,7 +7,7 @@ __all__ = ['SELECT', 'RATE', 'both_codes', 'photos_of', 'evaluate', 'taken_by', 
            'checkpoint_settings', 'check_experiment', 'train_experiment', 'main', 'test_experiment', 'run_experiment',
            'test_model']
 
-# %% ../../nbs/training/protocol.ipynb #9c58d6e2
+# %% ../../nbs/training/protocol.ipynb #854d941d
 import inspect
 import json
 import sys
@@ -25,6 +25,7 @@ from ..evaluation import check_answers, retrieval_metrics
 from ..experiment import Experiment, identity, numbers, parameters, user_path
 from ..files import save_tensors, write_atomically
 from ..loss import LOSSES, build_loss, lr_factor, move_proxies, per_class, place_proxies
+from ..loss.shard_files import save_rows
 from ..model import EmbeddingModel, check_image_size, embed, load_model, save_model
 from ..processes import joined, once, world
 from ..retrieval import EmbeddingDatabase, build_database, calibrate
@@ -112,9 +113,11 @@ def starting_loss(
     common = {"temperature": experiment.temperature, "momentum": experiment.momentum}
     return build_loss(experiment.loss, num_classes, experiment.feature_dim, options=experiment.loss_options, **common)
 
-# %% ../../nbs/training/protocol.ipynb #a9e7eac1
+# %% ../../nbs/training/protocol.ipynb #c99e1163
 def _begin_at_means(criterion: nn.Module, model: EmbeddingModel, images: Dataset, num_workers: int):
     embeddings, labels = embed(model, images, num_workers=num_workers)
+    if shard := getattr(criterion, "shard", None):
+        embeddings, labels = shard.own(embeddings, labels)
     proxies = criterion.proxies
     moved = move_proxies(proxies, embeddings.to(proxies.device), labels.to(proxies.device), 1.0)
     place_proxies(proxies, moved)
@@ -160,7 +163,16 @@ def _of_loss(experiment: Experiment) -> dict:
     return {"lr_factor": lr_factor(experiment.loss, experiment.loss_options),
             "per_class": per_class(experiment.loss, experiment.loss_options)}
 
-# %% ../../nbs/training/protocol.ipynb #12cd2a8e
+# %% ../../nbs/training/protocol.ipynb #7c4a0b59
+def _save_proxies(criterion: nn.Module, folder: Path):
+    "The proxies of a finished run, if its loss has any: of each process those that it holds, or all in one file."
+    proxies, shard = getattr(criterion, "proxies", None), getattr(criterion, "shard", None)
+    if shard and shard.processes > 1:
+        save_rows(folder, "last_proxies", {"proxies": proxies}, shard.first, shard.end)
+    elif proxies is not None and world()[0] == 0:
+        save_tensors(folder / "last_proxies.safetensors", {"proxies": proxies})
+
+
 def _train(experiment: Experiment, folder: Path, device: torch.device, data: ImageData, settings: dict) -> list[dict]:
     "In one process, which may be one of many."
     train_rows, validation_rows = hold_out_classes(data, experiment.validation, experiment.seed)
@@ -178,8 +190,7 @@ def _train(experiment: Experiment, folder: Path, device: torch.device, data: Ima
                     settings=settings, **_of_loss(experiment), **taken_by(train, experiment))
     if world()[0] == 0:
         save_model(model, folder / "last_model.safetensors")
-        if LOSSES[experiment.loss].proxies:
-            save_tensors(folder / "last_proxies.safetensors", {"proxies": criterion.proxies})
+    _save_proxies(criterion, folder)
     return history
 
 # %% ../../nbs/training/protocol.ipynb #8bc26586
