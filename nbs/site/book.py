@@ -215,9 +215,10 @@ def write_book(pages: Pages, studies: list[str]):
     listed = "\n".join(f"- [{title(NBS / f'{room}.ipynb')}]({room}.ipynb)" for room in GROUND)
     pages.write("ground.md", f"# The ground floor\n\nWhat every wing may import.\n\n{listed}\n\n{toctree(list(GROUND))}\n")
     contents = [
-        toctree(["method", "data_sets", "names/index"], "Begin"),
+        toctree(["method", "data_sets"], "Begin"),
         toctree([f"{wing}/index" for wing in WINGS], "The book"),
         toctree([*(f"studies/{study}" for study in studies), "parameters/index"], "The studies"),
+        toctree(["names/index"], "Reference"),
         toctree([*(f"{wing}/index" for wing in BEHIND), "ground"], "Behind it"),
         toctree(["contributing", "changelog"], "The project")]
     notebook(pages, NBS / "index.ipynb", at_end="\n\n".join(contents))

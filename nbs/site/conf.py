@@ -15,6 +15,7 @@ project_copyright = settings["DEFAULT"]["copyright"]
 extensions = ["myst_nb"]
 nb_execution_mode = "off"  # outputs are shown as committed
 nb_merge_streams = True
+nb_render_markdown_format = "myst"
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 4
 toc_object_entries = False
@@ -33,7 +34,7 @@ html_show_sourcelink = False
 html_last_updated_fmt = None
 html_theme_options = {
     "use_download_button": False, "use_fullscreen_button": False, "show_navbar_depth": 1, "show_toc_level": 2,
-    "collapse_navigation": True, "navigation_with_keys": False}
+    "collapse_navigation": True, "navigation_with_keys": False, "navbar_persistent": []}
 
 
 def mathml(node, display: str) -> str:
@@ -47,7 +48,7 @@ def visit_inline(self, node):
 
 
 def visit_block(self, node):
-    self.body.append(f'<div class="math" tabindex="0">{mathml(node, "block")}</div>\n')
+    self.body.append(f'<div class="equation" tabindex="0">{mathml(node, "block")}</div>\n')
     raise_skip()
 
 
