@@ -1,9 +1,9 @@
-# `make study` and `make test` do everything, set-up included; `make bench` measures speed beside peers; `make lab` opens the notebooks.
+# `make study` and `make test` do everything, set-up included; `make bench` measures speed beside peers; `make lab` opens the notebooks; `make docs` builds the site.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: study test lab bench build
+.PHONY: study test lab bench build docs
 study: $(VENV)/ready
 	$(BIN)/asyproxy run toy
 	@set -e; for seed in 0 1 2; do for loss in moving learnable; do \
@@ -21,6 +21,10 @@ bench: $(VENV)/ready
 
 lab: $(VENV)/ready
 	$(BIN)/jupyter lab nbs
+
+# The notebooks as they are, with the outputs that they hold, as a site; needs no network.
+docs: $(VENV)/ready
+	$(BIN)/python nbs/site/build.py
 
 # For maintainers: execute the library notebooks, clean them, export the package and build the README.
 build: $(VENV)/ready

@@ -240,7 +240,39 @@ def test_notebook_can_be_read(path):
 
 
 def test_ruff():
-    call("ruff", "check", ".ci", "asyproxy")
+    call("ruff", "check", ".ci", "asyproxy", "nbs/site")
+
+
+# The site is made of the notebooks.
+
+
+def test_site(tmp_path, monkeypatch):
+    """It builds without a warning or a network; links, anchors and alternative texts are there, nothing is loaded from
+    another host, and every public name has a page that says what each argument means. What is broken is seen."""
+    monkeypatch.syspath_prepend(ROOT / "nbs" / "site")
+    import check
+
+    call(sys.executable, ROOT / "nbs" / "site" / "build.py", tmp_path)
+    html = tmp_path / "html"
+    assert not check.problems(html), "\n".join(check.problems(html))
+    (html / "names" / "loss" / "build_loss.html").unlink()
+    page = html / "method.html"
+    page.write_text(page.read_text() + '<a href="loss/moving.html#nowhere">x</a><img src="https://example.org/x.png">')
+    check.tags.cache_clear()
+    seen = "\n".join(check.problems(html))
+    for problem in ("moving.html#nowhere: there is no such anchor", "x.png: expected nothing to be loaded from another",
+                    "x.png: expected an alternative text", "build_loss.html: there is no such file",
+                    "asyproxy.loss.build_loss: expected a page"):
+        assert problem in seen, seen
+
+
+def test_site_is_not_built_with_a_dead_link(copy):
+    index = copy / "nbs" / "loss" / "index.ipynb"
+    index.write_text(index.read_text().replace("(peers.ipynb)", "(peeers.ipynb)"))
+    shutil.copytree(ROOT / "figures", copy / "figures", ignore=shutil.ignore_patterns("records"))
+    done = subprocess.run([sys.executable, copy / "nbs" / "site" / "build.py", copy / "site"], cwd=copy, text=True,
+                          env=ENVIRONMENT | {"PYTHONPATH": str(copy)}, capture_output=True, check=False)
+    assert done.returncode and "loss/index.ipynb to name every room, got none of peers" in done.stderr, done.stderr
 
 
 # What is installed is what is asked for.
