@@ -35,7 +35,8 @@ def rooms(wing: str) -> list[str]:
     named = list(dict.fromkeys(re.findall(r"\]\((\w+)\.ipynb(?:#[^)]*)?\)", text)))
     missing = {path.stem for path in (NBS / wing).glob("*.ipynb")} - {"index", *named}
     if missing:
-        raise ValueError(f"expected nbs/{wing}/index.ipynb to name every room, got none of {', '.join(sorted(missing))}")
+        raise ValueError(f"expected nbs/{wing}/index.ipynb to name every room, "
+                         f"got none of {', '.join(sorted(missing))}")
     return [name for name in named if name != "index"]
 
 
@@ -45,7 +46,7 @@ def slug(anchor: str) -> str:
 
 
 class Pages:
-    "Pages on their way into the folder that Sphinx reads; what did not change is left alone, so the next build is quick."
+    "Pages on their way into the folder that Sphinx reads; what did not change is left alone for a quick build."
 
     def __init__(self, folder: Path):
         self.folder, self.written = folder, set()
@@ -213,7 +214,8 @@ def write_book(pages: Pages, studies: list[str]):
     for page in sorted(Path(__file__).parent.glob("*.md")):
         pages.write(page.name, pages.linked(page.read_text(), page, page.name))
     listed = "\n".join(f"- [{title(NBS / f'{room}.ipynb')}]({room}.ipynb)" for room in GROUND)
-    pages.write("ground.md", f"# The ground floor\n\nWhat every wing may import.\n\n{listed}\n\n{toctree(list(GROUND))}\n")
+    head = "# The ground floor\n\nWhat every wing may import."
+    pages.write("ground.md", f"{head}\n\n{listed}\n\n{toctree(list(GROUND))}\n")
     contents = [
         toctree(["method", "data_sets"], "Begin"),
         toctree([f"{wing}/index" for wing in WINGS], "The book"),

@@ -24,8 +24,8 @@ def gather(folder: Path):
 def build(folder: Path) -> Path:
     "Makes the site; a warning of Sphinx is an error."
     gather(folder / "source")
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-j", "2", "-b", "html", "-c", Path(__file__).parent,
-               "-d", folder / "doctrees", folder / "source", folder / "html"]
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-j", "2", "-b", "html",
+               "-c", Path(__file__).parent, "-d", folder / "doctrees", folder / "source", folder / "html"]
     subprocess.run(list(map(str, command)), check=True)
     return folder / "html"
 

@@ -1,4 +1,4 @@
-"""What is wrong with a site that was built: links, anchors, pictures, other hosts, names without a page or a meaning."""
+"""What is wrong with a site that was built: links, anchors, pictures, other hosts, names without a page."""
 
 import re
 from functools import cache
@@ -10,8 +10,8 @@ from names import Named, public
 
 TAG = re.compile(r"<([a-z][a-z0-9]*)\b((?:[^<>\"']|\"[^\"]*\"|'[^']*')*)>", re.I)
 ATTRIBUTE = re.compile(r"([\w:-]+)\s*=\s*(?:\"([^\"]*)\"|'([^']*)')")
-LOADS = {"script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "audio": "src", "link": "href",
-         "object": "data", "embed": "src", "input": "src"}  # what a browser fetches by itself
+LOADS = dict.fromkeys(("script", "img", "iframe", "source", "video", "audio", "embed", "input"), "src") | {
+    "link": "href", "object": "data"}  # what a browser fetches by itself
 
 
 @cache
@@ -72,13 +72,13 @@ def name_problems(html: Path, names: list[Named]) -> list[str]:
         if not page.is_file():
             found.append(f"{one.full}: expected a page")
             continue
-        arguments = [*(one.fields if one.kind == "class" else ()), *(argument for function in one.functions for argument in function.arguments)]
-        found += [f"{one.full}: expected a meaning of {argument.name}" for argument in arguments if not argument.meaning]
-        text = page.read_text()
-        found += [f"{one.full}: expected {argument.name} on its page" for argument in arguments if argument.name not in text]
+        text, wanted = page.read_text(), ["Source"] if one.kind == "data" else ["Errors", "Source"]
+        found += [f"{one.full}: expected {part} on its page" for part in wanted if f"<h2>{part}" not in text]
         found += [f"{one.full}: expected a line about it"] * (not one.claim)
-        found += [f"{one.full}: expected {part} on its page" for part in ("Errors", "Source") if one.kind != "data" and
-                  f"<h2>{part}" not in text] + [f"{one.full}: expected its source"] * ("<h2>Source" not in text)
+        arguments = list(one.fields if one.kind == "class" else ())
+        for argument in sum((function.arguments for function in one.functions), arguments):
+            found += [f"{one.full}: expected a meaning of {argument.name}"] * (not argument.meaning)
+            found += [f"{one.full}: expected {argument.name} on its page"] * (f">{argument.name}<" not in text)
     return found
 
 

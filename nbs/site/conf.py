@@ -5,6 +5,7 @@ from configparser import ConfigParser
 from html import escape
 from pathlib import Path
 
+from docutils.nodes import SkipNode
 from latex2mathml.converter import convert
 
 settings = ConfigParser()
@@ -44,16 +45,11 @@ def mathml(node, display: str) -> str:
 
 def visit_inline(self, node):
     self.body.append(mathml(node, "inline"))
-    raise_skip()
+    raise SkipNode
 
 
 def visit_block(self, node):
     self.body.append(f'<div class="equation" tabindex="0">{mathml(node, "block")}</div>\n')
-    raise_skip()
-
-
-def raise_skip():
-    from docutils.nodes import SkipNode
     raise SkipNode
 
 
@@ -63,5 +59,6 @@ def add_navigation(app, pagename, templatename, context, doctree):
 
 def setup(app):
     app.add_html_math_renderer("mathml", (visit_inline, None), (visit_block, None))
-    app.add_config_value("book_navigation", (Path(app.srcdir) / "navigation.json").read_text(), "html")  # changed: all pages
+    navigation = (Path(app.srcdir) / "navigation.json").read_text()
+    app.add_config_value("book_navigation", navigation, "html")  # where it changes, all pages do
     app.connect("html-page-context", add_navigation)

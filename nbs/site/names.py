@@ -9,7 +9,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 
-from book import BEHIND, GROUND, NBS, ROOT, WINGS, Pages, defined, given, label, read, spoken, title, toctree
+from book import BEHIND, GROUND, ROOT, WINGS, Pages, defined, given, label, read, spoken, title, toctree
 
 PACKAGE = ROOT / "asyproxy"
 
@@ -139,9 +139,9 @@ def function_of(module: str, node: ast.FunctionDef, method: bool = False) -> Fun
     arguments = []
     for one in filter(None, [*plain, spec.vararg, *spec.kwonlyargs, spec.kwarg]):
         default = defaults.get(one)
-        arguments.append(Argument(
-            one.arg, ast.unparse(one.annotation) if one.annotation else "", default and ast.unparse(default),
-            said.get(one.end_lineno if one.end_lineno in said else (default or one).end_lineno, ""), kinds.get(one, "")))
+        meaning = said.get(one.end_lineno) or said.get((default or one).end_lineno, "")
+        kind = ast.unparse(one.annotation) if one.annotation else ""
+        arguments.append(Argument(one.arg, kind, default and ast.unparse(default), meaning, kinds.get(one, "")))
     closing = node.body[0].lineno - 1  # the line of `) -> type:`, with what is said of it
     returned = Argument("", ast.unparse(node.returns) if node.returns else "")
     if closing > (arguments and plain_end(spec) or node.lineno - 1) or not arguments:
@@ -157,7 +157,8 @@ def fields_of(module: str, node: ast.ClassDef) -> list[Argument]:
     said, found = comments(module), []
     for item in node.body:
         if isinstance(item, ast.AnnAssign) and not item.target.id.startswith("_"):
-            default, meaning = item.value and ast.unparse(item.value), said.get(item.end_lineno, said.get(item.lineno, ""))
+            default = item.value and ast.unparse(item.value)
+            meaning = said.get(item.end_lineno, said.get(item.lineno, ""))
             found.append(Argument(item.target.id, ast.unparse(item.annotation), default, meaning))
     return found
 
@@ -187,7 +188,8 @@ def parameters_of(named: Named) -> list[Argument]:
     rows = []
     for one in parameters(described).values():
         expected = expectation(one)
-        rows.append(Argument(one.name, one.type.__name__, repr(one.default), one.meaning + (f" ({expected})" if expected else "")))
+        meaning = one.meaning + (f" ({expected})" if expected else "")
+        rows.append(Argument(one.name, one.type.__name__, repr(one.default), meaning))
     return rows
 
 
@@ -301,8 +303,8 @@ def values_lines(named: Named) -> list[str]:
     "What is in a catalogue."
     value = getattr(import_module(named.module), named.name)
     if isinstance(value, dict):
-        rows = [(key, getattr(entry, "title", None) or (entry if isinstance(entry, str) else "")) for key, entry in value.items()]
-        lines = [f"- `{key}`" + (f": {escaped(str(text))}" if text else "") for key, text in rows]
+        titles = {key: entry if isinstance(entry, str) else getattr(entry, "title", "") for key, entry in value.items()}
+        lines = [f"- `{key}`" + (f": {escaped(str(text))}" if text else "") for key, text in titles.items()]
     else:
         lines = [f"- `{one}`" for one in value] if isinstance(value, tuple | list | set) else [f"`{value!r}`"]
     return ["## Values", "", *lines, ""]
@@ -370,8 +372,8 @@ def write_names(pages: Pages) -> list[Named]:
     entries = [f"{module} <{module.removeprefix('asyproxy.')}/index>" for module in modules]
     rows = [f"- [{module}]({module.removeprefix('asyproxy.')}/index.md): "
             f"{sum(one.module == module for one in found)} names" for module in modules]
-    text = ["# Names", "", "Each wing is imported as one module, with the names that a user needs; each has a page here. "
-            "What else the rooms of a wing define is in [every name of every room](rooms.md).", "", *rows, "",
+    text = ["# Names", "", "Each wing is imported as one module, with the names that a user needs; each has a page "
+            "here. What else the rooms of a wing define is in [every name of every room](rooms.md).", "", *rows, "",
             toctree([*entries, "rooms"])]
     pages.write("names/index.md", "\n".join(text) + "\n")
     pages.write("names/rooms.md", rooms_page())
@@ -385,28 +387,27 @@ def rooms_page() -> str:
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         if path.name.startswith("_") or not all_names(module):
             continue
-        where = [f"[`{name}`](#{label(module, name)})" for name in all_names(module) if node_of(module, name)[0] == module]
+        names = [name for name in all_names(module) if node_of(module, name)[0] == module]
+        where = [f"[`{name}`](#{label(module, name)})" for name in names]
         lines += [f"## {escaped(module)}", "", ", ".join(where), ""]
     return "\n".join(lines)
 
 
 def write_parameters(pages: Pages, studies: dict[str, type]):
-    "The parameters of each study as a table."
+    "The parameters of each study, with meaning, range and default."
     from asyproxy.experiment import expectation, parameters
 
     for study, described in studies.items():
-        rows = []
+        lines = [
+            f"# Parameters of {study}", "",
+            f"Given as `asyproxy run {study} -p NAME VALUE`; the same names are the fields of `{described.__name__}`. "
+            f"Beside each name are its type and its default. What it does with them is in "
+            f"[the notebook](../studies/{study}.ipynb).", ""]
         for one in parameters(described).values():
-            expected, default = expectation(one), f"`{one.default}`" if one.default != "" else "empty"
-            rows += [f"`{one.name}` `{one.type.__name__}`, {default}", f": {sentence(one.meaning)}" + (
-                f" Expected: {escaped(expected)}." if expected else ""), ""]
-        head = [f"# Parameters of {study}", "", f"Given as `asyproxy run {study} -p NAME VALUE`; the same names are the fields of "
-                f"`{described.__name__}`. Beside each name are its type and its default. "
-                f"Read [the notebook](../studies/{study}.ipynb) for what it does with them.", ""]
-        pages.write(f"parameters/{study}.md", "\n".join([*head, *rows]))
-    text = ["# Parameters", "", "Every parameter has one description, in [experiment](../experiment.ipynb), and it is checked before any "
-            "work.", "", *(f"- [{study}]({study}.md)" for study in studies), "", toctree(list(studies))]
+            default = f"`{one.default}`" if one.default != "" else "empty"
+            expected = f" Expected: {escaped(expectation(one))}." if expectation(one) else ""
+            lines += [f"`{one.name}` `{one.type.__name__}`, {default}", f": {sentence(one.meaning)}{expected}", ""]
+        pages.write(f"parameters/{study}.md", "\n".join(lines))
+    text = ["# Parameters", "", "Every parameter has one description, in [experiment](../experiment.ipynb), and is "
+            "checked before any work.", "", *(f"- [{study}]({study}.md)" for study in studies), "", toctree(list(studies))]
     pages.write("parameters/index.md", "\n".join(text) + "\n")
-
-
-__all__ = ["NBS", "public", "write_names", "write_parameters"]
