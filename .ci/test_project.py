@@ -254,12 +254,14 @@ def test_site(tmp_path, monkeypatch):
 
     call(sys.executable, ROOT / "nbs" / "site" / "build.py", tmp_path)
     html = tmp_path / "html"
-    assert not check.problems(html), "\n".join(check.problems(html))
+    found = check.problems(html)
+    assert not found, "\n".join(found)
     (html / "names" / "loss" / "build_loss.html").unlink()
     page = html / "method.html"
     page.write_text(page.read_text() + '<a href="loss/moving.html#nowhere">x</a><img src="https://example.org/x.png">')
     check.tags.cache_clear()
-    seen = "\n".join(check.problems(html))
+    seen = "\n".join([*check.page_problems(page), *check.page_problems(html / "names" / "loss" / "index.html"),
+                      *check.name_problems(html, check.public())])
     for problem in ("moving.html#nowhere: there is no such anchor", "x.png: expected nothing to be loaded from another",
                     "x.png: expected an alternative text", "build_loss.html: there is no such file",
                     "asyproxy.loss.build_loss: expected a page"):

@@ -1,6 +1,7 @@
 """How Sphinx makes the site of what `build.py` has put together; nothing on it asks another host."""
 
 import json
+import re
 from configparser import ConfigParser
 from html import escape
 from pathlib import Path
@@ -40,7 +41,8 @@ html_theme_options = {
 
 def mathml(node, display: str) -> str:
     "LaTeX as MathML, which browsers and screen readers read without a script."
-    return convert(node.astext(), display=display).replace("<math ", f'<math alttext="{escape(node.astext())}" ', 1)
+    text = re.sub(r"(\\(?:log|ln|exp))\s*(?=\\mathrm)", r"\1\\,", node.astext())  # the converter leaves no gap
+    return convert(text, display=display).replace("<math ", f'<math alttext="{escape(node.astext())}" ', 1)
 
 
 def visit_inline(self, node):

@@ -333,7 +333,7 @@ def class_lines(named: Named, pages: dict[str, str]) -> list[str]:
 
 def page_of(named: Named, pages: dict[str, str]) -> str:
     "The page of a name in MyST."
-    lines = [f"# {escaped(named.full)}", ""]
+    lines = [f"# {escaped(named.name)}", ""]  # with its module in the signature below
     if named.kind == "function":
         one = named.functions[0]
         signature = one.signature.removeprefix(named.name)
