@@ -268,6 +268,12 @@ def test_site(tmp_path, monkeypatch):
         assert problem in seen, seen
 
 
+def test_citation_and_changelog_name_this_version():
+    version = re.search(r"^version = (.*)", (ROOT / "settings.ini").read_text(), re.M)[1]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {version}" in (ROOT / "nbs" / "site" / "changelog.md").read_text()
+
+
 # What is installed is what is asked for.
 
 
