@@ -1,10 +1,11 @@
 # `make study` and `make test` do everything, set-up included; `make bench` measures speed beside peers; `make explore` serves
-# a page that asks the newest database, `make explore DATABASE=folder` another one; `make lab` opens the notebooks.
+# a page that asks the newest database, `make explore DATABASE=folder` another one; `make lab` opens the notebooks, and
+# `make docs` builds the site.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: study test lab bench build explore
+.PHONY: study test lab bench build explore docs
 study: $(VENV)/ready
 	$(BIN)/asyproxy run toy
 	@set -e; for seed in 0 1 2; do for loss in moving learnable; do \
@@ -26,6 +27,10 @@ explore: $(VENV)/ready
 
 lab: $(VENV)/ready
 	$(BIN)/jupyter lab nbs
+
+# The notebooks as they are, with the outputs that they hold, as a site; needs no network.
+docs: $(VENV)/ready
+	$(BIN)/python nbs/site/build.py
 
 # For maintainers: execute the library notebooks, clean them, export the package and build the README.
 build: $(VENV)/ready

@@ -243,7 +243,38 @@ def test_notebook_can_be_read(path):
 
 
 def test_ruff():
-    call("ruff", "check", ".ci", "asyproxy")
+    call("ruff", "check", ".ci", "asyproxy", "nbs/site")
+
+
+# The site is made of the notebooks.
+
+
+def test_site(tmp_path, monkeypatch):
+    """It builds without a warning or a network; links, anchors and alternative texts are there, nothing is loaded from
+    another host, and every public name has a page that says what each argument means. What is broken is seen."""
+    monkeypatch.syspath_prepend(ROOT / "nbs" / "site")
+    import check
+
+    call(sys.executable, ROOT / "nbs" / "site" / "build.py", tmp_path)
+    html = tmp_path / "html"
+    found = check.problems(html)
+    assert not found, "\n".join(found)
+    (html / "names" / "loss" / "build_loss.html").unlink()
+    page = html / "method.html"
+    page.write_text(page.read_text() + '<a href="loss/moving.html#nowhere">x</a><img src="https://example.org/x.png">')
+    check.tags.cache_clear()
+    seen = "\n".join([*check.page_problems(page), *check.page_problems(html / "names" / "loss" / "index.html"),
+                      *check.name_problems(html, check.public())])
+    for problem in ("moving.html#nowhere: there is no such anchor", "x.png: expected nothing to be loaded from another",
+                    "x.png: expected an alternative text", "build_loss.html: there is no such file",
+                    "asyproxy.loss.build_loss: expected a page"):
+        assert problem in seen, seen
+
+
+def test_citation_and_changelog_name_this_version():
+    version = re.search(r"^version = (.*)", (ROOT / "settings.ini").read_text(), re.M)[1]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {version}" in (ROOT / "nbs" / "site" / "changelog.md").read_text()
 
 
 # What is installed is what is asked for.
