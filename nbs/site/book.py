@@ -10,8 +10,10 @@ NBS = Path(__file__).resolve().parents[1]
 ROOT = NBS.parent
 
 WINGS = ("data", "model", "loss", "evaluation", "training", "retrieval")  # the method, in the order of its chapters
-BEHIND = ("study", "figures", "fixtures", "measuring")  # what runs, draws and checks it
-GROUND = tuple(path.stem for path in sorted(NBS.glob("*.ipynb")) if path.stem not in ("index", "data_sets", "main"))
+BEHIND = ("study", "figures", "page", "fixtures", "measuring")  # what runs, draws, shows and checks it
+BESIDE = {"study": "main", "page": "explore"}  # wing -> what uses it, a notebook beside the folders
+GROUND = tuple(path.stem for path in sorted(NBS.glob("*.ipynb"))
+               if path.stem not in ("index", "data_sets", *BESIDE.values()))
 PICTURES = (".png", ".gif", ".jpg", ".svg")
 TEXTS = {".md": "", ".yaml": "yaml", ".csv": "text", ".tex": "latex"}  # shown as a page
 TARGET = re.compile(r"(!?)(\[(?:[^\[\]]|\[[^\]]*\])*\])\(((?:[^()\s]|\([^()\s]*\))+)\)")  # [text](path#anchor)
@@ -202,11 +204,11 @@ def toctree(entries: list[str], caption: str = "", hidden: bool = True) -> str:
 def write_book(pages: Pages, studies: list[str]):
     "All notebooks, the pages of this folder, and a table of contents for each wing."
     for wing in (*WINGS, *BEHIND):
-        more = ["../main"] if wing == "study" else []
+        more = [f"../{BESIDE[wing]}"] if wing in BESIDE else []
         notebook(pages, NBS / wing / "index.ipynb", at_end=toctree([*rooms(wing), *more]))
         for room in rooms(wing):
             notebook(pages, NBS / wing / f"{room}.ipynb")
-    for room in (*GROUND, "data_sets", "main"):
+    for room in (*GROUND, "data_sets", *BESIDE.values()):
         notebook(pages, NBS / f"{room}.ipynb")
     for study in studies:
         of = f"[What it takes](../parameters/{study}.md): each parameter with its meaning, its range and its default."
