@@ -69,7 +69,7 @@ def _open(path: Path) -> Opened:
     except OSError as error:
         return Opened(problem=error.strerror or str(error))
 
-# %% ../../nbs/data/scan.ipynb #7291f71c
+# %% ../../nbs/data/scan.ipynb #96f4b003
 DTYPES = defaultdict(lambda: "str", {name: "float64" for name in BOX})
 DTYPES |= {name: "int64" for name in ("label", "bytes", "time", "changed", "height", "width", "check")}
 
@@ -122,14 +122,15 @@ def _to_read(root: Path, images: list[str], opened: list[Opened | None]) -> list
         return list(range(len(images)))
     return [row for row, alike in enumerate(same) if not alike]
 
-# %% ../../nbs/data/scan.ipynb #ef2ecb92
+# %% ../../nbs/data/scan.ipynb #a5c89370
 def scan(
     root: Path,  # the folder that the paths start from
     table: pd.DataFrame,  # with the column image
     known: pd.DataFrame | None = None,  # an earlier result
 ) -> pd.DataFrame:  # the table with the fields of `Opened` as columns
     "Reads the images that are not known, or not as they were."
-    images, earlier = table["image"].unique().tolist(), _by_image(known)
+    names, earlier = table["image"].tolist(), _by_image(known)
+    images = list(dict.fromkeys(names))
     opened = [earlier.get(image) for image in images]
     rows = _to_read(root, images, opened)
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
@@ -137,9 +138,9 @@ def scan(
         bar = tqdm(results, "opening images", total=len(rows), mininterval=1, disable=len(rows) < 1000)
         for row, result in zip(rows, bar):
             opened[row] = result
-    found = pd.DataFrame(opened, columns=Opened._fields, index=images).loc[table["image"]]
-    scanned = table.join(found.set_index(table.index))
-    return scanned.astype({name: DTYPES[name] for name in scanned})
+    of_image = dict(zip(images, opened))
+    scanned = table.join(pd.DataFrame([of_image[name] for name in names], table.index, Opened._fields))
+    return scanned.astype({name: DTYPES[name] for name in scanned if name != "image"})  # which holds any file name
 
 # %% ../../nbs/data/scan.ipynb #b39e7a7d
 def table_paths(
