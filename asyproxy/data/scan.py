@@ -69,8 +69,8 @@ def _open(path: Path) -> Opened:
     except OSError as error:
         return Opened(problem=error.strerror or str(error))
 
-# %% ../../nbs/data/scan.ipynb #96f4b003
-DTYPES = defaultdict(lambda: "str", {name: "float64" for name in BOX})
+# %% ../../nbs/data/scan.ipynb #4d90342c
+DTYPES = defaultdict(lambda: "str", {"image": "str", **dict.fromkeys(BOX, "float64")})
 DTYPES |= {name: "int64" for name in ("label", "bytes", "time", "changed", "height", "width", "check")}
 
 # %% ../../nbs/data/scan.ipynb #eab4b62b

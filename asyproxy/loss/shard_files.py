@@ -34,7 +34,7 @@ def save_rows(
     "Writes one share."
     save_tensors(share_path(folder, name, first, end), rows, {"first": first, "end": end})
 
-
+# %% ../../nbs/loss/shard_files.ipynb #fb214783
 def remove_rows(
     folder: str | Path,  # of the files
     name: str,  # of the table

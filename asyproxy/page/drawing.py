@@ -68,7 +68,7 @@ def _class(database: EmbeddingDatabase, query: Query | None, positions: np.ndarr
     members = np.flatnonzero(database.labels == label) if label >= 0 else []
     return (label, item_name(database, members[0])) if len(members) else (-1, "")
 
-
+# %% ../../nbs/page/drawing.ipynb #c9504160
 def map_html(
     database: EmbeddingDatabase,  # any
     made: Map,  # of it

@@ -184,7 +184,7 @@ def _about(explorer: Explorer) -> str:
     return (f"Database <b>{escape(shown_folder(explorer.folder))}</b>: {len(database):,} images{data}, "
             f"{f'{classes:,} classes, ' if classes else ''}{database.embeddings.shape[1]} dimensions.")
 
-
+# %% ../../nbs/page/explorer.ipynb #6c016ae3
 def open_database(
     visit: Visit,  # of a page that stands
 ):
@@ -224,7 +224,7 @@ def make_map(
         visit.shown.mapping = "" if visit.explorer.map else "The map could not be computed."
     visit.todo.put(None)
 
-
+# %% ../../nbs/page/explorer.ipynb #b93b5bb9
 def draw(
     visit: Visit,  # with an open database
 ):
@@ -246,7 +246,7 @@ def _query(visit: Visit, content: dict, buffers: list):
         return stored(visit.explorer, content.get("position"))
     return visit.query
 
-
+# %% ../../nbs/page/explorer.ipynb #f109c169
 def answer(
     visit: Visit,  # with an open database
     content: dict,  # as it was sent: ask, name, position, number, binary

@@ -118,7 +118,7 @@ def place(
     nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :NEAR]
     return np.median(made.places[nearest], axis=1).astype(np.float32)
 
-
+# %% ../../nbs/page/map.ipynb #6166a3ab
 def places_of(
     database: EmbeddingDatabase,  # any
     made: Map,  # of it

@@ -89,7 +89,7 @@ def settings(
         "MappingKernelManager": {"cull_idle_timeout": 600, "cull_interval": 60},
         "KernelManager": {"transport": "ipc" if len(tempfile.gettempdir()) < SHORT else "tcp"}}
 
-
+# %% ../../nbs/page/serving.ipynb #4c46f9a1
 def has_browser() -> bool:
     "Whether a window can be opened here."
     if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):

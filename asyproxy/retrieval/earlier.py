@@ -35,7 +35,7 @@ class Side:
     labels: np.ndarray  # (N,), int64
     features: torch.Tensor  # (N, D), float32, rows of any length but 0
 
-
+# %% ../../nbs/retrieval/earlier.ipynb #3f55ffa3
 def _side(held: dict, name: str, path: str | Path) -> Side:
     "Raises ValueError where images, labels and features do not fit each other."
     paths, labels, features = (held[f"{name}_{part}"] for part in ("images", "labels", "features"))
@@ -60,7 +60,7 @@ def _check_features(side: Side, name: str, path: str | Path):
         raise ValueError(f"expected finite rows other than zero in {name}_features of {path}, got others in "
                          f"{len(wrong)} of {len(lengths)}, the first is row {wrong[0]}")
 
-
+# %% ../../nbs/retrieval/earlier.ipynb #00d3b88d
 def sides_of(
     held: object,  # of `read_weights`
     path: str | Path,  # where it is from

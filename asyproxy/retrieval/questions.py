@@ -151,7 +151,7 @@ def _wrong(database: EmbeddingDatabase, retrieval_num: int, binary: bool) -> tup
     pairs = pd.DataFrame({"one": np.minimum(asked, given), "other": np.maximum(asked, given)})
     return pairs[(asked != given) & (given >= 0)], len(asked)
 
-
+# %% ../../nbs/retrieval/questions.ipynb #8c7b6372
 def confused(
     database: EmbeddingDatabase,  # with labels
     retrieval_num: int = 1,  # K answers to each item

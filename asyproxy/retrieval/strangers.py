@@ -109,7 +109,7 @@ def unseen_labels(
     known = database.items[(database.items["label"] >= 0) & ~database.items["class_name"].isin([*trained_on, ""])]
     return np.unique(known["label"].to_numpy())
 
-
+# %% ../../nbs/retrieval/strangers.ipynb #f4b4fb73
 def calibrate_by_class(
     database: EmbeddingDatabase,  # as for `calibrate`, with labels
     unseen: np.ndarray,  # labels of classes that the model was not trained on

@@ -133,7 +133,7 @@ def _of_default_benchmark() -> Path:
     raise ValueError("expected the database of the default benchmark, found none: asyproxy run benchmark makes it, or "
                      "name another one as data_base")
 
-
+# %% ../../nbs/study/shelf.ipynb #294bf65d
 def find_database(
     name: str,  # a folder, a run as `named` takes it, or ""
 ) -> Path:  # of `load_database`
