@@ -92,9 +92,11 @@ class Pages:
             found = next(((base / path).resolve() for base in bases if (base / path).is_file()), None)
             if found is None:
                 return match[0]  # Sphinx complains of it
-            at = found.relative_to(NBS) if found.suffix == ".ipynb" else self.file(found)
-            if found.suffix == ".md" and found.parent == source.parent:
-                at = found.relative_to(source.parent)
+            if found.suffix == ".ipynb":
+                at = found.relative_to(NBS)
+            else:  # a page of this folder lies at the top of the site
+                own = found.suffix == ".md" and found.parent == Path(__file__).resolve().parent
+                at = found.name if own else self.file(found)
             kind = "" if picture or found.suffix in (".ipynb", *TEXTS) else "path:"
             return f"{picture}{words}({kind}{relpath(at, Path(page).parent)}{anchor})"
 
