@@ -1,5 +1,6 @@
 """`project.py build` makes what is made from the notebooks; `test_project.py` checks it."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +16,17 @@ def hear():
     "For `preexec_fn`: below nohup or in the background of a shell, signals are ignored that a test sends."
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
+
+
+def try_notebook(path: str, said: str):
+    "`nbdev_test` in a process that has the libraries already; what it says goes to a file."
+    hear()
+    with open(said, "wb", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    from nbdev.test import nbdev_test
+
+    nbdev_test(path=path, n_workers=0)
 
 
 def library() -> list[Path]:
