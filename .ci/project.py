@@ -1,5 +1,6 @@
 """`project.py build` makes what is made from the notebooks; `test_project.py` checks it."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ def hear():
 def try_notebook(path: str, said: str):
     "`nbdev_test` in a process that has the libraries already; what it says goes to a file."
     hear()
+    multiprocessing.set_start_method(None, force=True)  # that of this system, as a notebook has it
     with open(said, "wb", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
