@@ -16,15 +16,15 @@ import pandas as pd
 import torch
 from torch.nn.functional import normalize
 
-from ..data import ImageData, ImageSet
-from ..data.sources import ImageFiles
+from ..data import ImageSet
 from ..evaluation import retrieval_metrics
 from ..files import save_tensors
-from ..model import EmbeddingModel, embed
+from ..model import EmbeddingModel, embed, save_model
 from ..model.earlier import model_of_state
 from ..model.embedding import model_hash
 from ..model.weights import read_weights
-from .database import EmbeddingDatabase
+from .building import image_files
+from .database import EmbeddingDatabase, evenly
 from .folder import save_database
 
 # %% ../../nbs/retrieval/earlier.ipynb #6c0aa49c
@@ -108,13 +108,11 @@ def agreement(
     data_path: str | Path = "",  # folder that its paths begin in
 ) -> tuple[int, float]:  # how many images of at most 8 were found, and the median cosine to their features; NaN: none
     "Whether a model made features."
-    some = np.unique(np.linspace(0, len(side.paths) - 1, 8).astype(int))
-    found = [place for place in some if Path(data_path, side.paths[place]).is_file()]
+    found = [place for place in evenly(np.arange(len(side.paths)), 8) if Path(data_path, side.paths[place]).is_file()]
     if not found:
         return 0, float("nan")
-    paths = [os.path.abspath(Path(data_path, side.paths[place])) for place in found]
-    table = pd.DataFrame({"image": paths, "label": -1, "class_name": "", "split": "test"})
-    data = ImageData("files", table, ImageFiles(Path("/")), image_size=model.image_size, test_resize=model.test_resize)
+    paths = [Path(data_path, side.paths[place]) for place in found]
+    data = image_files(paths, image_size=model.image_size, test_resize=model.test_resize)
     again, _ = embed(model, ImageSet(data, "test"))
     return len(found), float((again * normalize(side.features[found])).sum(dim=1).median())
 
@@ -140,8 +138,6 @@ def _read(files: Sequence[str | Path]) -> dict[str, tuple[object, Path]]:
 
 # %% ../../nbs/retrieval/earlier.ipynb #1ceddb04
 def _save_model(model: EmbeddingModel, proxies: torch.Tensor, folder: Path) -> str:
-    from asyproxy.model import save_model
-
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, folder / "model.safetensors")
     save_tensors(folder / "proxies.safetensors", {"proxies": proxies})

@@ -12,7 +12,7 @@ import pandas as pd
 from ..data import ImageData, ImageSet
 from ..model import EmbeddingModel, embed
 from .asking import check_model, search
-from .database import EmbeddingDatabase
+from .database import EmbeddingDatabase, evenly
 
 # %% ../../nbs/retrieval/examples.ipynb #2e6ebed7
 def _agrees(database: EmbeddingDatabase, table: pd.DataFrame) -> bool:
@@ -41,8 +41,7 @@ def _spread_queries(
     count: int,  # queries, or as many as there are classes
 ) -> np.ndarray:  # positions
     "The first image of classes that lie evenly among all."
-    first = np.unique(targets, return_index=True)[1]
-    return first[np.linspace(0, len(first) - 1, min(count, len(first))).astype(int)]
+    return evenly(np.unique(targets, return_index=True)[1], count)
 
 # %% ../../nbs/retrieval/examples.ipynb #bb3ada36
 def _drawn(data: ImageData, row: int) -> np.ndarray:

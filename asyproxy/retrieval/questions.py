@@ -18,7 +18,7 @@ from ..evaluation import retrieval_per_query
 from ..experiment import user_path
 from ..model import EmbeddingModel
 from .asking import ask_images, ask_items, search
-from .database import EmbeddingDatabase, picture
+from .database import EmbeddingDatabase, evenly, picture
 
 # %% ../../nbs/retrieval/questions.ipynb #8134f34c
 def _files(text: str) -> list[Path]:
@@ -143,8 +143,7 @@ ASKED = 5000  # items, at most
 
 def _wrong(database: EmbeddingDatabase, retrieval_num: int, binary: bool) -> tuple[pd.DataFrame, int]:
     "Answers of another class, a row each with both labels, and how many answers there were."
-    places = np.flatnonzero(database.labels >= 0)
-    places = places[np.linspace(0, len(places) - 1, min(ASKED, len(places))).astype(int)]
+    places = evenly(np.flatnonzero(database.labels >= 0), ASKED)
     photos = database.photos[places]
     _, found = search(database, np.asarray(database.embeddings[places]), retrieval_num, binary=binary, photos=photos)
     asked, given = np.repeat(database.labels[places], retrieval_num), database.labels[found.ravel()]

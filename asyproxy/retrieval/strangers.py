@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .asking import search
-from .database import EmbeddingDatabase
+from .database import EmbeddingDatabase, evenly
 from .folder import with_about
 from .nearest import nearest_codes, nearest_dense
 
@@ -72,8 +72,7 @@ ASKED = 2000  # items, at most
 
 def _found(database: EmbeddingDatabase, limit: float, binary: bool) -> float | None:
     "The share of items with another photograph of their class that is at least as similar; None: no class has two."
-    places = np.flatnonzero(database.labels >= 0)
-    places = places[np.linspace(0, len(places) - 1, min(ASKED, len(places))).astype(int)]
+    places = evenly(np.flatnonzero(database.labels >= 0), ASKED)
     best = _best(database, places, binary)
     return float((best[np.isfinite(best)] >= np.float32(limit)).mean()) if np.isfinite(best).any() else None
 
@@ -116,8 +115,7 @@ def calibrate_by_class(
     rate: float = 0.05,  # how many of further strangers may find a match, in (0, 1)
 ) -> EmbeddingDatabase:  # as of `calibrate`
     "`calibrate` with items of such classes, each without its class. Raises ValueError where they are too few."
-    places = np.flatnonzero(np.isin(database.labels, unseen))
-    places = places[np.linspace(0, len(places) - 1, min(ASKED, len(places))).astype(int)]
+    places = evenly(np.flatnonzero(np.isin(database.labels, unseen)), ASKED)
     conformal_place(len(places), rate)
     own = [np.flatnonzero((database.labels == database.labels[place]) | (database.photos == database.photos[place]))
            for place in places]

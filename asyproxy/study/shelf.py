@@ -42,10 +42,12 @@ RATE = 0.05  # of images of classes that are not in the database, which find a m
 
 def _threshold(database: "EmbeddingDatabase", model: "EmbeddingModel") -> str:
     "Calibrates a database, and says what that came to."
+    import numpy as np
+
     from asyproxy.retrieval.strangers import calibrate_by_class, fewest, unseen_labels
 
     unseen = unseen_labels(database, model.class_names) if model.class_names else []
-    images = sum(database.labels == label for label in unseen).sum() if len(unseen) else 0
+    images = int(np.isin(database.labels, unseen).sum())
     if images < fewest(RATE) or len(set(database.labels.tolist())) < 2:
         return ("no threshold for \"nothing like it\": it takes images of classes that the model was not trained on, "
                 f"{fewest(RATE)} or more; there are {images}")
