@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: study test lab bench build explore docs
+.PHONY: study test lab bench build outputs explore docs
 study: $(VENV)/ready
 	$(BIN)/asyproxy run toy
 	@set -e; for seed in 0 1 2; do for loss in moving learnable; do \
@@ -26,7 +26,7 @@ explore: $(VENV)/ready
 	$(BIN)/python -m asyproxy.page.serving "$(DATABASE)"
 
 lab: $(VENV)/ready
-	$(BIN)/jupyter lab nbs
+	$(BIN)/jupyter lab nbs/index.ipynb
 
 # The notebooks as they are, with the outputs that they hold, as a site; needs no network.
 docs: $(VENV)/ready
@@ -35,6 +35,10 @@ docs: $(VENV)/ready
 # For maintainers: execute the library notebooks, clean them, export the package and build the README.
 build: $(VENV)/ready
 	$(BIN)/python .ci/project.py build
+
+# For maintainers: give the studies the outputs of the runs that are on record.
+outputs: $(VENV)/ready
+	$(BIN)/python .ci/project.py outputs
 
 # pip runs from outside, so the system's Python need not bring ensurepip.
 $(VENV)/ready: requirements.txt pyproject.toml

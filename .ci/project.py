@@ -1,14 +1,20 @@
-"""`project.py build` makes what is made from the notebooks; `test_project.py` checks it."""
+"""`project.py build` makes what is made from the notebooks, `project.py outputs` shows in the studies what their runs
+found; `test_project.py` checks both."""
 
+import base64
+import io
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
+from os.path import normpath
 from pathlib import Path
 
 import nbformat
 from nbconvert import MarkdownExporter
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,6 +56,16 @@ def drop_noise(notebook):
                             and "application/vnd.jupyter.widget-view+json" not in output.get("data", {})]
 
 
+def from_the_top(text: str) -> str:
+    "Links of a notebook in nbs as README has them; Markdown outside of code."
+    def link(match) -> str:
+        target = match[1]
+        return match[0] if re.match(r"\w+:|#", target) else f"]({normpath(f'nbs/{target}')})"
+
+    parts = re.split(r"(^```.*?^```|`[^`\n]+`)", text, flags=re.S | re.M)
+    return "".join(part if number % 2 else re.sub(r"\]\(([^()\s]+)\)", link, part) for number, part in enumerate(parts))
+
+
 def readme(path: Path = ROOT / "nbs" / "index.ipynb") -> str:
     "README.md, from the outputs of an index: `#| hide` leaves a cell out, `#| echo: false` its source."
     notebook = nbformat.read(path, 4)
@@ -60,7 +76,7 @@ def readme(path: Path = ROOT / "nbs" / "index.ipynb") -> str:
             cell.source, cell.metadata.tags = "", ["echo"]
     notebook.metadata["language_info"] = {"name": "python"}
     text = MarkdownExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(notebook)[0]
-    text = text.replace("```python\n\n```\n", "").replace("../figures/", "figures/")
+    text = from_the_top(text.replace("```python\n\n```\n", ""))
     lines = [line.rstrip() for line in text.strip().splitlines()]
     kept = [line for i, line in enumerate(lines) if line or (i and lines[i - 1])]
     return "<!-- Built from nbs/index.ipynb by `make build`; edit that. -->\n" + "\n".join(kept) + "\n"
@@ -89,6 +105,67 @@ def execute(path: Path):
     nbformat.write(notebook, path)
 
 
+def in_few_colours(png: str) -> str:
+    "A figure as small as it can be read."
+    picture, file = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), io.BytesIO()
+    picture.quantize(64, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def outputs_of(path: Path, root: Path) -> dict[str, list]:
+    "The outputs of a notebook that ran below a folder, by cell; figures are small and paths begin at that folder."
+    notebook = nbformat.read(path, 4)
+    drop_noise(notebook)
+    outputs = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
+    for output in (one for some in outputs.values() for one in some):
+        output.pop("execution_count", None)
+        output.pop("metadata", None)
+        if "text" in output:
+            output["text"] = output["text"].replace(f"{root}/", "")
+        if png := output.get("data", {}).get("image/png"):
+            output.data["image/png"] = in_few_colours(png)
+            output.data.pop("text/plain", None)
+    return outputs
+
+
+def default_run(study: str) -> str:
+    "Id of the run of a study with its default parameters that is on record; empty if none is."
+    from asyproxy.study.record import figures_folder, read_records
+
+    records = read_records(study)
+    return next((record["run_id"] for record in records
+                 if figures_folder(study, record["run_id"], record["parameters"]).name == study), "")
+
+
+def executed(study: Path, run_id: str, output: Path) -> Path:
+    "The notebook of a run: drawn from its record, or as it ran where it measures while it draws."
+    from asyproxy.study.run import draws_again
+
+    folder = output / "runs" / run_id
+    if not draws_again(study):
+        return folder / study.name
+    if (drawn := folder / "drawn.ipynb").exists():
+        return drawn
+    folder.mkdir(parents=True, exist_ok=True)  # or what is drawn there goes
+    environment = os.environ | {"ASYPROXY_OUTPUT": str(output)}
+    subprocess.run(["asyproxy", "run", study.stem, "--draw"], check=True, cwd=ROOT, env=environment)
+    return drawn
+
+
+def show(paths: list[Path]):
+    "Gives studies the outputs of their default runs."
+    for path in paths or studies():
+        if not (run_id := default_run(path.stem)) or not (ran := executed(path, run_id, ROOT)).exists():
+            print(f"{path.name}: run it first, asyproxy run {path.stem}", flush=True)
+            continue
+        notebook, outputs = nbformat.read(path, 4), outputs_of(ran, ROOT)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs = outputs[cell.id]
+        nbformat.write(notebook, path)
+    subprocess.run(["nbdev_clean", "--fname", ROOT / "nbs"], check=True, cwd=ROOT)
+
+
 def build(paths: list[Path]):
     subprocess.run(["nbdev_export"], check=True, cwd=ROOT)
     for path in studies():
@@ -101,6 +178,6 @@ def build(paths: list[Path]):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["build"]:
-        sys.exit("usage: project.py build [NOTEBOOK ...]")
-    build([Path(path).resolve() for path in sys.argv[2:]])
+    if sys.argv[1:2] not in (["build"], ["outputs"]):
+        sys.exit("usage: project.py build|outputs [NOTEBOOK ...]")
+    {"build": build, "outputs": show}[sys.argv[1]]([Path(path).resolve() for path in sys.argv[2:]])

@@ -18,12 +18,13 @@ from filecmp import cmp
 from importlib.metadata import metadata
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from project import ROOT, hear, library, readme, studies, try_notebook
+from project import ROOT, default_run, executed, hear, library, outputs_of, readme, studies, try_notebook
 
 from asyproxy.experiment import Experiment, parameters_cell, smallest
 from asyproxy.fixtures.notebooks import write_study
@@ -84,11 +85,19 @@ def test_package_is_what_the_notebooks_export(copy):
 INDEX = ROOT / "nbs" / "index.ipynb"
 
 
-def test_readme_says_what_the_records_say(tmp_path):
-    "The index is run again: a number that was typed, in the page or in the notebook's outputs, is another one then."
-    call("jupyter", "nbconvert", "--to", "notebook", "--execute", "--output-dir", tmp_path, INDEX)
-    assert readme() == readme(tmp_path / INDEX.name), "expected other outputs of nbs/index.ipynb: make build"
+@pytest.mark.parametrize("path", [INDEX, *(path for path in library() if "study import read_records" in path.read_text()
+                                           and path.parent.name == "guides")], ids=name)
+def test_pages_say_what_the_records_say(path, tmp_path):
+    "They are run again: a number that was typed, in the page or in the notebook's outputs, is another one then."
+    call("jupyter", "nbconvert", "--to", "notebook", "--execute", "--output-dir", tmp_path, path)
+    assert readme(path) == readme(tmp_path / path.name), f"expected other outputs of {name(path)}: make build"
+
+
+def test_readme_is_the_index():
     assert (ROOT / "README.md").read_text() == readme(), "expected README.md as nbs/index.ipynb gives it: make build"
+    targets = re.findall(r"\]\(([^()\s]+)\)", readme())
+    missing = [target for target in targets if not (ROOT / target).exists()]
+    assert len(targets) > 20 and not missing, f"expected links to files, got {', '.join(missing)}"
 
 
 @pytest.mark.parametrize("path", studies(), ids=name)
@@ -400,10 +409,29 @@ def test_benchmark_and_report(tmp_path):
     assert '"asymptotic"' not in results
 
 
-def test_records_draw_all_figures(tmp_path):
+def out_of_step(path: Path, run_id: str, output: Path) -> list[str]:
+    "What is wrong with the outputs that a study shows of its default run; output: where its record was drawn."
+    shown = {cell.id: cell.outputs for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"}
+    if not run_id or run_id not in json.dumps(shown):
+        return [f"{name(path)}: expected outputs of the default run, if there is one"] if run_id or any(shown.values()) else []
+    if not (ran := executed(path, run_id, output)).exists():
+        return []
+    drawn, told = outputs_of(ran, output), "expected outputs as its record gives them: make outputs"
+    said = [{one: [output.get("text") or output.get("data") for output in outputs[one]] for one in shown}
+            for outputs in (shown, drawn)]
+    return [f"{name(path)}, cell {one}: {told}" for one in shown
+            if said[0][one] != said[1][one] and " is not drawn: " not in json.dumps(said[1][one])]
+
+
+def test_records_draw_all_figures_and_outputs(tmp_path):
     "Of a checkout without runs and images: the same bytes, but for films and galleries, which their runs draw."
     shutil.copytree(ROOT / "figures" / "records", tmp_path / "figures" / "records")
+    runs = {path: default_run(path.stem) for path in studies()}
+    for run_id in filter(None, runs.values()):
+        (tmp_path / "runs" / run_id).mkdir(parents=True)  # or what is drawn there goes
     call("asyproxy", "report", env=ENVIRONMENT | {"ASYPROXY_OUTPUT": str(tmp_path)})
+    problems = [problem for path, run_id in runs.items() for problem in out_of_step(path, run_id, tmp_path)]
+    assert not problems, "\n".join(problems)
     ours, drawn = (
         {path.relative_to(root / "figures"): path.read_bytes() for path in (root / "figures").glob("*/**/*")
          if path.is_file() and path.suffix != ".gif" and path.relative_to(root / "figures").parts[0] not in (

@@ -6,6 +6,7 @@
 __all__ = ['CANDIDATES', 'SEARCHES', 'NEED_FAISS', 'write_gallery', 'Gallery', 'time_search', 'pair_searches']
 
 # %% ../../nbs/measuring/search.ipynb #91fedba1
+import time
 from collections.abc import Callable
 from functools import partial
 from itertools import cycle
@@ -142,28 +143,34 @@ def time_search(
             "held_mb": (held - before) / 1e6, "memory_mb": (peak_memory() - before) / 1e6, "recall": float(recall)}
 
 # %% ../../nbs/measuring/search.ipynb #51600ae2
+def _paired(searches: dict[str, Callable], asked: np.ndarray, number: int) -> dict[str, float]:
+    "Seconds in which each answers some queries, `number` of them at a time."
+    parts, timings = [asked[i:i + number] for i in range(0, len(asked), number)], {}
+    for name, search in searches.items():
+        time.sleep(0.02)  # the threads of the one before may wait in a loop
+        timings[name] = time_calls(lambda search=search: [search(part) for part in parts], 1)
+    for ours, theirs in zip(timings["asyproxy"].result, timings["FAISS"].result):
+        assert (ours == theirs).all(), "expected the distances of FAISS"
+    return {name: timing.median / len(parts) for name, timing in timings.items()}
+
+
 def pair_searches(
     folder: str,  # of `write_gallery`
     threads: int,  # that each may use
-    rounds: int,  # each is called once in every round
-) -> dict[str, dict[str, list[float]]]:  # number of queries: {"asyproxy", "FAISS": seconds of each round}
+    rounds: int,  # in each of which all answer every query, one by one and then together
+) -> dict[str, dict[str, list[float]]]:  # queries at a time: {"asyproxy", "FAISS", "reading": seconds in each round}
     "To be called in a process of its own. Raises AssertionError where the distances differ."
     import faiss
 
     _use_threads(threads)
     gallery = _read_gallery(folder)
     queries, k = gallery.nearest.shape
-    index, seconds = faiss.IndexBinaryFlat(8 * gallery.codes.shape[1]), {}
+    index, codes = faiss.IndexBinaryFlat(8 * gallery.codes.shape[1]), gallery.codes.reshape(-1)
     index.add(gallery.codes)
-    searches = {"asyproxy": lambda: nearest_codes(gallery.codes, asked, k, threads=threads)[0],
-                "FAISS": lambda: index.search(asked, k)[0]}
-    for count in sorted({1, queries}):
-        taken = {name: [] for name in searches}
-        for number in range(rounds + 1):
-            asked = gallery.asked if count > 1 else gallery.asked[[number % queries]]
-            timings = {name: time_calls(search, 1) for name, search in searches.items()}
-            assert (timings["asyproxy"].result == timings["FAISS"].result).all(), "expected the distances of FAISS"
-            for name, timing in timings.items():
-                taken[name].append(timing.median)
-        seconds[str(count)] = {name: times[1:] for name, times in taken.items()}  # the first of all compiles
-    return seconds
+    words = codes[:len(codes) // 8 * 8].view(np.uint64)
+    searches = {"asyproxy": lambda asked: nearest_codes(gallery.codes, asked, k, threads=threads)[0],
+                "FAISS": lambda asked: index.search(asked, k)[0], "reading": lambda asked: np.bitwise_xor.reduce(words)}
+    taken = {str(number): [_paired(searches, gallery.asked, number) for _ in range(rounds + 1)]
+             for number in sorted({1, queries})}
+    return {number: {name: [one[name] for one in times[1:]] for name in searches}  # the first of all compiles
+            for number, times in taken.items()}

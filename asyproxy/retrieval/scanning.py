@@ -113,19 +113,27 @@ def _keep(query, key, k, kept):
     return np.int64(kept.limits[query] >> np.uint64(ROW))
 
 # %% ../../nbs/retrieval/scanning.ipynb #56427ed9
+@compiled(**INLINED)
+def _nearer(x, place, half, y, beside):
+    return min(differing_of_eight(x, place, y, beside), differing_of_eight(x, place + half, y, beside))
+
+
 @compiled()
 def _next_near(x, at, half, rows, y, beside, width, limit):
-    "The first row that is not beyond the limit, or whose companion in the other half isn't, or `rows`."
+    "The first row at which, or up to three after it, it or its companion in the other half is not beyond the limit, or `rows`."
+    row = 0
     if width == 8:
-        for row in range(rows):
+        while row + 4 <= rows:
             place = at + 8 * row
-            if min(differing_of_eight(x, place, y, beside), differing_of_eight(x, place + half, y, beside)) <= limit:
+            if min(min(_nearer(x, place, half, y, beside), _nearer(x, place + 8, half, y, beside)),
+                   min(_nearer(x, place + 16, half, y, beside), _nearer(x, place + 24, half, y, beside))) <= limit:
                 return row
-    else:
-        for row in range(rows):
-            place = at + width * row
-            if min(_distance(x, place, y, beside, width), _distance(x, place + half, y, beside, width)) <= limit:
-                return row
+            row += 4
+    while row < rows:
+        place = at + width * row
+        if min(_distance(x, place, y, beside, width), _distance(x, place + half, y, beside, width)) <= limit:
+            return row
+        row += 1
     return rows
 
 # %% ../../nbs/retrieval/scanning.ipynb #adbdf622

@@ -289,6 +289,21 @@ def _circumstances(data, seconds: float) -> dict:
     view = {"view": {"image_size": data.image_size, "test_resize": data.test_resize}} if data else {}
     return {**view, "environment": environment(), "seconds": round(seconds, 1), "peak_memory_mb": peak_memory_mb()}
 
+# %% ../../nbs/study/record.ipynb #432b9f86
+_CIRCUMSTANCES = ("environment", "seconds", "peak_memory_mb", "sha256")
+
+
+def _text(path: Path, record: dict) -> str:
+    "The JSON of a record; that which is there, if it has the same results."
+    text = record_text(record)
+    try:
+        there = read_record(path)
+    except (ValueError, FileNotFoundError):
+        return text
+    old, new = ({name: value for name, value in one.items() if name not in _CIRCUMSTANCES}
+                for one in (there, json.loads(text)))
+    return path.read_text() if old == new else text
+
 # %% ../../nbs/study/record.ipynb #cb8dd4a1
 class Run:
     "A run from inside its notebook: checks the parameters, starts the clock, and writes the record."
@@ -331,8 +346,8 @@ class Run:
         if self.results:
             return self.record
         seconds = self.seconds_before + time.perf_counter() - self.started
-        text = record_text({"run_id": self.id, "study": self.study, "parameters": self.said, **results,
-                            **_circumstances(self.data, seconds)})
+        text = _text(self.record, {"run_id": self.id, "study": self.study, "parameters": self.said, **results,
+                                   **_circumstances(self.data, seconds)})
         self.folder = _settle(self.folder)
         with write_atomically(self.record) as temporary:
             temporary.write_text(text)

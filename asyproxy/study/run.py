@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import cache
@@ -294,8 +295,10 @@ def run(
         _draw(path, looked_at["given"], record)
         return read_record(record)
     owned(run_folder(folder), "notebook").release()
+    before, started = record.read_bytes() if record.exists() else b"", time.perf_counter()
     with owned(run_folder(folder), "command"):
         print(f"{identity} ...", flush=True)
         result = _run(path, looked_at["given"], folder, record)
-    print(f"{identity}: {result['seconds']:.0f} s", flush=True)
+    found = ", and found what its record says" if record.read_bytes() == before else ""
+    print(f"{identity}: {time.perf_counter() - started:.0f} s{found}", flush=True)
     return result

@@ -11,9 +11,10 @@ ROOT = NBS.parent
 
 WINGS = ("data", "model", "loss", "evaluation", "training", "retrieval")  # the method, in the order of its chapters
 BEHIND = ("study", "figures", "page", "fixtures", "measuring")  # what runs, draws, shows and checks it
+GUIDES = ("understand", "experiments", "photographs", "python", "data_sets")
 BESIDE = {"study": "main", "page": "explore"}  # wing -> what uses it, a notebook beside the folders
 GROUND = tuple(path.stem for path in sorted(NBS.glob("*.ipynb"))
-               if path.stem not in ("index", "data_sets", *BESIDE.values()))
+               if path.stem not in ("index", *BESIDE.values()))
 PICTURES = (".png", ".gif", ".jpg", ".svg")
 TEXTS = {".md": "", ".yaml": "yaml", ".csv": "text", ".tex": "latex"}  # shown as a page
 TARGET = re.compile(r"(!?)(\[(?:[^\[\]]|\[[^\]]*\])*\])\(((?:[^()\s]|\([^()\s]*\))+)\)")  # [text](path#anchor)
@@ -88,9 +89,8 @@ class Pages:
                 return match[0]
             if not path:
                 return f"{words}({anchor})"
-            bases = (source.parent, ROOT) if source.name == "index.ipynb" else (source.parent,)  # README's, too
-            found = next(((base / path).resolve() for base in bases if (base / path).is_file()), None)
-            if found is None:
+            found = (source.parent / path).resolve()
+            if not found.is_file():
                 return match[0]  # Sphinx complains of it
             if found.suffix == ".ipynb":
                 at = found.relative_to(NBS)
@@ -210,7 +210,7 @@ def write_book(pages: Pages, studies: list[str]):
         notebook(pages, NBS / wing / "index.ipynb", at_end=toctree([*rooms(wing), *more]))
         for room in rooms(wing):
             notebook(pages, NBS / wing / f"{room}.ipynb")
-    for room in (*GROUND, "data_sets", *BESIDE.values()):
+    for room in (*(f"guides/{guide}" for guide in GUIDES), *GROUND, *BESIDE.values()):
         notebook(pages, NBS / f"{room}.ipynb")
     for study in studies:
         of = f"[What it takes](../parameters/{study}.md): each parameter with its meaning, its range and its default."
@@ -221,7 +221,7 @@ def write_book(pages: Pages, studies: list[str]):
     head = "# The ground floor\n\nWhat every wing may import."
     pages.write("ground.md", f"{head}\n\n{listed}\n\n{toctree(list(GROUND))}\n")
     contents = [
-        toctree(["method", "data_sets"], "Begin"),
+        toctree(["method", *(f"guides/{guide}" for guide in GUIDES)], "Begin"),
         toctree([f"{wing}/index" for wing in WINGS], "The book"),
         toctree([*(f"studies/{study}" for study in studies), "parameters/index"], "The studies"),
         toctree(["names/index"], "Reference"),
