@@ -95,6 +95,8 @@ class EvaluationSpeed(Checked):
     sizes: str = parameter(
         "cub,car,isc,sop", "of the test sets, in this order",
         choices=("cub", "car", "isc", "sop"), listed=str, small="cub")
+    embeddings: str = parameter(
+        "isotropic,spectrum", "kinds that are drawn", choices=("isotropic", "spectrum"), listed=str, small="spectrum")
     scale: str = parameter(
         "1000,4000,16000,60000,250000", "numbers of images of the last part",
         within="[1000, inf)", listed=int, small="1000")
