@@ -137,6 +137,14 @@ def default_run(study: str) -> str:
                  if figures_folder(study, record["run_id"], record["parameters"]).name == study), "")
 
 
+REDRAW = """
+import sys
+from asyproxy.study import read_records
+from asyproxy.study.run import redraw
+redraw(next(record for record in read_records() if record["run_id"] == sys.argv[1]))
+"""
+
+
 def executed(study: Path, run_id: str, output: Path) -> Path:
     "The notebook of a run: drawn from its record, or as it ran where it measures while it draws."
     from asyproxy.study.run import draws_again
@@ -148,7 +156,7 @@ def executed(study: Path, run_id: str, output: Path) -> Path:
         return drawn
     folder.mkdir(parents=True, exist_ok=True)  # or what is drawn there goes
     environment = os.environ | {"ASYPROXY_OUTPUT": str(output)}
-    subprocess.run(["asyproxy", "run", study.stem, "--draw"], check=True, cwd=ROOT, env=environment)
+    subprocess.run([sys.executable, "-c", REDRAW, run_id], check=True, cwd=ROOT, env=environment)
     return drawn
 
 
