@@ -108,6 +108,7 @@ def execute(path: Path):
 def in_few_colours(png: str) -> str:
     "A figure as small as it can be read."
     picture, file = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), io.BytesIO()
+    picture.thumbnail((900, 900))
     picture.quantize(64, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
     return base64.b64encode(file.getvalue()).decode()
 
