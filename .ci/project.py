@@ -119,8 +119,8 @@ def outputs_of(path: Path, root: Path) -> dict[str, list]:
     drop_noise(notebook)
     outputs = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
     for output in (one for some in outputs.values() for one in some):
-        output.pop("execution_count", None)
-        output.pop("metadata", None)
+        if output.output_type != "stream":
+            output.metadata = nbformat.NotebookNode()
         if "text" in output:
             output["text"] = output["text"].replace(f"{root}/", "")
         if png := output.get("data", {}).get("image/png"):
