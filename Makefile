@@ -47,4 +47,5 @@ $(VENV)/ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv --clear --without-pip $(VENV)
 	$(PYTHON) -m pip --python $(BIN)/python install --quiet --requirement requirements.txt
 	$(PYTHON) -m pip --python $(BIN)/python install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python -c "from asyproxy.evaluation import compile_loops; compile_loops()"
 	@touch $@
