@@ -138,7 +138,7 @@ def compare(
 
 # %% ../nbs/uncertainty.ipynb #652b04b2
 def half_width(
-    values: Sequence[float],  # (n,), one of each training
+    values: Sequence[float] | np.ndarray,  # (n,), one of each training
 ) -> float:  # NaN for a single one
     "Half of the 95 % confidence interval of the mean, t s / sqrt(n) (Student's t)."
     from scipy import stats
