@@ -256,6 +256,15 @@ def test_ruff():
     call("ruff", "check", ".ci", "asyproxy", "nbs/site")
 
 
+def test_types(tmp_path):
+    "The hints fit each other, and a call that does not fit one is seen."
+    mypy, wrong = (sys.executable, "-m", "mypy", "--cache-dir", tmp_path), tmp_path / "wrong.py"
+    call(*mypy)
+    wrong.write_text("import asyproxy.loss\n\nasyproxy.loss.build_loss(3, num_classes=10, feature_dim=8)\n")
+    with pytest.raises(AssertionError, match='wrong.py:3: error: Argument 1 to "build_loss" has incompatible type "int"'):
+        call(*mypy, wrong, env=ENVIRONMENT | {"MYPYPATH": str(ROOT)})
+
+
 # The site is made of the notebooks.
 
 

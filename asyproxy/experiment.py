@@ -19,6 +19,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 # %% ../nbs/experiment.ipynb #23719f1f
 def numbers(
@@ -57,17 +58,20 @@ def _listed_at(place: str) -> tuple[str, ...]:
     return tuple(catalogue() if callable(catalogue) else catalogue)
 
 # %% ../nbs/experiment.ipynb #1faf0070
+_Type = type[str] | type[int] | type[float] | type[bool]
+
+
 @dataclass(frozen=True)
 class Parameter:
     "What is known of a parameter."
     name: str  # as in papermill's `-p name value`
-    type: type  # str, int, float or bool
+    type: _Type  # str, int, float or bool
     default: str | int | float | bool  # a literal value
     meaning: str  # in words, for the comment beside it
     within: str = ""  # interval of a number, or of each number of a list; "": any
     choices: tuple[str, ...] | str = ()  # the values it may have, or their catalogue, such as "asyproxy.loss:LOSSES"
     family: tuple[str, ...] = ()  # beside a catalogue: how more values begin, and what lists them when one is asked for
-    listed: type | None = None  # int, float or str: a text of such values, separated by commas
+    listed: _Type | None = None  # int, float or str: a text of such values, separated by commas
     path: bool = False  # a file or folder, if there is one of that name
     words: tuple[str, ...] = ()  # of a path: what means something else, whatever files there are
     identity: bool = True  # part of the name of a run: another value is another run
@@ -111,7 +115,8 @@ def parameters(
     study: type,  # a dataclass of parameters, such as `Experiment`
 ) -> dict[str, Parameter]:
     "What a dataclass knows of its parameters, by name."
-    return {f.name: Parameter(f.name, f.type, f.default, **f.metadata) for f in fields(study)}
+    described: Iterable[Any] = fields(study)  # by `parameter`: with a type that is no text, and a default
+    return {f.name: Parameter(f.name, f.type, f.default, **f.metadata) for f in described}
 
 # %% ../nbs/experiment.ipynb #0c52b926
 def same(
@@ -121,7 +126,7 @@ def same(
     **changed,  # other fields of `Parameter` that differ
 ):
     "The field of a parameter that is described elsewhere."
-    described = study.__dataclass_fields__[name]
+    described = {one.name: one for one in fields(study)}[name]
     metadata = {**described.metadata, **changed}
     return field(default=described.default if default is MISSING else default, metadata=metadata)
 
@@ -181,7 +186,7 @@ def _fits(parameter: Parameter, value) -> bool:
         values = value.split(",")
     elif parameter.listed:
         try:
-            values = numbers(value, parameter.listed)
+            values = list(numbers(value, parameter.listed))
         except ValueError:
             return False
     named = not names or all(one in names for one in values)
@@ -196,7 +201,7 @@ def complaint(
     if _fits(parameter, value):
         return ""
     expected = expectation(parameter, by_name=True) or "a value"
-    kind = {int: "whole numbers ", float: "numbers "}.get(parameter.listed, "")
+    kind = "whole numbers " if parameter.listed is int else "numbers " if parameter.listed is float else ""
     several = " separated by commas" if parameter.listed else ""
     near = hint(value, parameter.names(value))
     return f"expected {parameter.name} to be {kind}{expected}{several}, got {value!r}{near}"
@@ -407,9 +412,10 @@ def cell_values(
     values = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.AnnAssign | ast.Assign):
-            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            target: Any = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            value: Any = node.value
             try:
-                values[target.id] = ast.literal_eval(node.value)
+                values[target.id] = ast.literal_eval(value)  # fails where there is no name, or no value
             except (ValueError, AttributeError) as error:
                 raise ValueError(f"expected literal values as parameters, got {ast.unparse(node)}") from error
     return values

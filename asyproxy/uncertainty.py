@@ -7,7 +7,7 @@ __all__ = ['per_class', 'confidence_intervals', 'compare', 'half_width', 'errors
 
 # %% ../nbs/uncertainty.ipynb #b54de5af
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -138,7 +138,7 @@ def compare(
 
 # %% ../nbs/uncertainty.ipynb #652b04b2
 def half_width(
-    values: Sequence[float],  # (n,), one of each training
+    values: Collection[float],  # (n,), one of each training
 ) -> float:  # NaN for a single one
     "Half of the 95 % confidence interval of the mean, t s / sqrt(n) (Student's t)."
     from scipy import stats

@@ -157,5 +157,5 @@ def build_cache(
     folder = Path(folder or cache_folder() / "decoded")
     cache = DecodedCache(folder / f"{Path(data.name).name}-{_key(data)}.uint8", data.source.root)
     if not _is_whole(cache):
-        _build(data, cache, max(1, os.cpu_count() if num_workers is None else num_workers))
+        _build(data, cache, max(1, (os.cpu_count() or 1) if num_workers is None else num_workers))
     return replace(data, source=cache)

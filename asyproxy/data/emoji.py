@@ -20,7 +20,7 @@ import tempfile
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -79,7 +79,8 @@ def _content(path: Path, prefix: str) -> bytes:
 # %% ../../nbs/data/emoji.ipynb #d038b2a6
 def _npm(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
     "Runs npm in a folder. Raises FileNotFoundError where there is none."
-    how = {"cwd": folder, "stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "errors": "replace"}
+    how: dict[str, Any] = {
+        "cwd": folder, "stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "errors": "replace"}
     if program := shutil.which("npm"):
         return subprocess.run([program, *arguments], **how)
     try:
@@ -129,7 +130,9 @@ def _fetch(folder: Path, prefix: str):
 def _read(content: bytes, name: str) -> dict:
     "A JSON file in a package."
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-        return json.load(archive.extractfile(f"package/{name}"))
+        if file := archive.extractfile(f"package/{name}"):
+            return json.load(file)
+    raise KeyError(f"expected a file package/{name}, got a folder")
 
 # %% ../../nbs/data/emoji.ipynb #3362987b
 OTHERS = {  # drawings that show something else than the others of their name

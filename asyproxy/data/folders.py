@@ -114,7 +114,7 @@ def _size(place: str, path: str, seen: Seen) -> int | None:
         if error.errno in (ENOENT, ELOOP, ENOTDIR):  # a link that leads nowhere, or in a circle
             seen.nowhere.append(path)
         else:
-            seen.unread[path] = error.strerror
+            seen.unread[path] = error.strerror or str(error)
         return None
     return stat.st_size if S_ISREG(stat.st_mode) else None
 
@@ -132,9 +132,9 @@ def _is_photo(name: str) -> bool:
 def _steps(root: Path, seen: Seen) -> Iterator[tuple[str, str, list[str]]]:
     "Each folder, its path below the root with a slash at its end, and the names in it; folders in order."
     def unread(error: OSError):
-        seen.unread[os.path.relpath(error.filename, root)] = error.strerror
+        seen.unread[os.path.relpath(error.filename, root)] = error.strerror or str(error)
 
-    above = {str(root): ()}  # folder -> the places one came through
+    above: dict[str, tuple[str, ...]] = {str(root): ()}  # folder -> the places one came through
     for folder, folders, names in os.walk(root, onerror=unread, followlinks=True):
         place, line = os.path.realpath(folder), above.pop(folder)
         below = "".join(f"{part}/" for part in Path(folder).relative_to(root).parts)

@@ -33,8 +33,10 @@ FACES = ("DejaVuSans", "DejaVuSans-Oblique", "DejaVuSans-Bold", "DejaVuSans-Bold
 
 def _face(name: str) -> Path:
     "The font file of a face."
-    package = Path(importlib.util.find_spec("matplotlib").origin).parent
-    return package / "mpl-data" / "fonts" / "ttf" / f"{name}.ttf"
+    package = importlib.util.find_spec("matplotlib")
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError("expected matplotlib, which carries the faces of the glyphs, found none")
+    return Path(package.origin).parent / "mpl-data" / "fonts" / "ttf" / f"{name}.ttf"
 
 
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:

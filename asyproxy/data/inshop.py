@@ -88,10 +88,10 @@ def _read_boxes(root: Path, path: str) -> dict[str, list[float]]:
     if missing := [name for name in ("image_name", *CORNERS) if name not in names]:
         raise MissingField(f"expected image_name, x_1, y_1, x_2 and y_2 in the second line of {path}, "
                            f"got {' '.join(names)!r}", missing)
-    rows = [columns(line, names, "image_name") for line in lines[2:]]
+    rows = [columns(line, names, "image_name") or {} for line in lines[2:]]
     try:
         return {row["image_name"]: [float(row[corner]) for corner in CORNERS] for row in rows}
-    except (TypeError, ValueError) as error:  # a row that is too short is None
+    except (KeyError, ValueError) as error:  # a row that is too short has nothing
         raise ValueError(f"expected {' '.join(names)} in each row of {path}: {error}") from error
 
 

@@ -74,7 +74,7 @@ class MissingField(ValueError):
     def __init__(
         self,
         message: str,  # what was expected and what came
-        fields: tuple[str, ...] = (),  # names of the missing fields
+        fields: Iterable[str] = (),  # names of the missing fields
     ):
         super().__init__(message)
         self.fields = tuple(fields)

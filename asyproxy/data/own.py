@@ -43,8 +43,8 @@ def role(
     folder: str,  # its name
 ) -> str | None:
     "What a folder is to a split, by its name: train, test, query or gallery; None where it is anything else."
-    words = "".join(character if character.isalpha() else " " for character in folder.casefold())
-    words = re.sub(rf"\b({FILLING})\b", " ", re.sub(rf"({FILLING})\b", " ", words)).split()
+    text = "".join(character if character.isalpha() else " " for character in folder.casefold())
+    words = re.sub(rf"\b({FILLING})\b", " ", re.sub(rf"({FILLING})\b", " ", text)).split()
     return ROLES.get(words[0]) if len(words) == 1 else None
 
 # %% ../../nbs/data/own.ipynb #8ba778fa
@@ -87,7 +87,7 @@ def _split_folders(tops: list[_Top]) -> list[_Top]:
                          f"{splits[0].name} with folders, such as {splits[0].name}/{next(iter(splits[0].folders))}, "
                          f"beside {_names(others)}: if these are all classes, call it something else; if it is a "
                          "split, put train beside test, or give it alone as data_path")
-    if sorted(top.role for top in splits) not in (["test", "train"], ["gallery", "query", "train"]):
+    if sorted(top.role for top in splits if top.role) not in (["test", "train"], ["gallery", "query", "train"]):
         raise ValueError("expected the folders train and test (or val), or train, query and gallery, "
                          f"got {_names(splits)}: classes to validate on are taken from those of train, "
                          "so move them there")

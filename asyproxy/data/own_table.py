@@ -123,7 +123,7 @@ def _boxes(cells: pd.DataFrame, path: str) -> pd.DataFrame | None:
     return boxes
 
 # %% ../../nbs/data/own_table.ipynb #baa23af4
-def _place(rows: pd.DataFrame, files: Files, root: Path) -> Found:
+def _place(rows: pd.DataFrame, files: Files, root: str | Path) -> Found:
     "The rows whose files are there, with their paths, and the paths of the others."
     top = Path(root).absolute()
     absolute = rows["image"].map(os.path.isabs).to_numpy(bool)

@@ -54,7 +54,7 @@ def _sha256(path: str | Path) -> str:
 # %% ../../nbs/data/scan.ipynb #c94ed3f1
 def _open(path: Path) -> Opened:
     "Reads a file to its end."
-    sizes = []
+    sizes: list[tuple[int, int]] = []
 
     def whole(height, width):
         sizes.append((height, width))
@@ -89,7 +89,7 @@ def _again(path: Path, earlier: Opened | None) -> Opened:
             check_size(path)
             stamp = _stamp(path)
             if _sha256(path) == earlier.sha256:
-                return Opened(*stamp, *earlier[3:])
+                return Opened(*(*stamp, *earlier[3:]))
     except (OSError, Unreadable):
         pass  # said by whoever opens it
     return _open(path)
@@ -98,7 +98,7 @@ def _again(path: Path, earlier: Opened | None) -> Opened:
 SAMPLE = 32  # files that look the same and are hashed all the same
 
 
-def _sample_differs(root: Path, images: list[str], opened: list[Opened], rows: list[int]) -> int:
+def _sample_differs(root: Path, images: list[str], opened: list[Opened | None], rows: list[int]) -> int:
     "How many of a sample of rows that look the same are not."
     rows = random.SystemRandom().sample(rows, min(SAMPLE, len(rows)))
     return sum(_again(Path(root, images[row]), opened[row]) != opened[row] for row in rows)

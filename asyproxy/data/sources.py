@@ -76,7 +76,7 @@ class ImageFiles:
         shortest: int = 0,  # as for `read_image`
     ) -> torch.Tensor:  # (3, H, W), uint8
         "The pixels of an image, or of a crop. Raises as `read_image` does."
-        return read_image(Path(self.root, row.image), crop=inside(row.box, crop), shortest=shortest)
+        return read_image(Path(self.root, str(row.image)), crop=inside(row.box, crop), shortest=shortest)
 
 # %% ../../nbs/data/sources.ipynb #e0abf852
 def _scaled(start: int, length: int, scale: float, size: int) -> slice:
@@ -151,7 +151,7 @@ def checksum(
     pixels: np.ndarray,  # uint8, contiguous
 ) -> int:
     "Of the bytes of an image."
-    return zlib.crc32(pixels)
+    return zlib.crc32(pixels)  # type: ignore[arg-type]  # numpy hints at the buffer of an array for Python 3.12 on
 
 
 def _check(path: Path, index: dict[str, np.ndarray], mapped: np.ndarray, number: int):

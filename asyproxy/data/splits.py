@@ -8,6 +8,7 @@ __all__ = ['ImageSet', 'test_rows', 'test_sets', 'draw_classes', 'hold_out_class
 # %% ../../nbs/data/splits.ipynb #36580f3c
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -47,8 +48,9 @@ class ImageSet(Dataset):
         labels = data.table["label"].to_numpy()[self.rows]
         self.classes = np.unique(labels) if classes is None else classes
         self.targets = np.searchsorted(self.classes, labels)
-        crop = partial(random_crop, scale=data.crop_scale)
-        self.reading = {"crop": crop, "shortest": data.image_size} if train and data.crop_scale else {}
+        self.reading: dict[str, Any] = {}
+        if train and data.crop_scale:
+            self.reading = {"crop": partial(random_crop, scale=data.crop_scale), "shortest": data.image_size}
 
     @property
     def photos(self) -> np.ndarray:  # (N,), int64

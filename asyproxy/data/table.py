@@ -65,7 +65,7 @@ def _hash_of_pixels(table: pd.DataFrame, pixels: np.ndarray | None) -> str:
     "One SHA-256 over the table and, where they are in memory, the pixels."
     digest = hashlib.sha256(table.to_csv(index=False).encode())
     if pixels is not None:
-        digest.update(np.ascontiguousarray(pixels))
+        digest.update(np.ascontiguousarray(pixels))  # type: ignore[arg-type]  # as in `checksum`
     return digest.hexdigest()
 
 # %% ../../nbs/data/table.ipynb #067090bd

@@ -172,7 +172,7 @@ def products(
 ) -> np.ndarray:  # (rows, columns), int32 or float32: minus Hamming distances, or products of codes
     "Of the codes of two blocks."
     shape = rows.stop - rows.start, columns.stop - columns.start
-    if y.binary:
+    if isinstance(y.codes, list):
         out = workers.buffer(torch.int32, shape)
         minus_hamming(x.items.exact[rows], y.codes[columns.start // BLOCK], out.numpy())
     elif y.codes.dtype == np.int8:

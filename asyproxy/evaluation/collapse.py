@@ -93,6 +93,6 @@ def collapse_signs(
         signs.append(f"separation of the training classes {measures['separation']:.2f}")
     if measures.get("proxy_cosine", 0) > HIGHEST_COSINE:
         signs.append(f"mean cosine of the proxies {measures['proxy_cosine']:.2f}")
-    if change <= -2:
+    if before and change <= -2:
         signs.append(f"validation {JUDGED} {entry['validation'][JUDGED]:.1%}, {before[JUDGED]:.1%} before training")
     return signs

@@ -228,10 +228,10 @@ class Tile(NamedTuple):
 
 class Known(NamedTuple):
     "What the products of an item are judged by; of several items, arrays."
-    scale: np.float32  # of its code
-    error: np.float32  # of its code
-    low: np.float32  # lowest level that counts; if it is a query
-    high: np.float32  # highest level
+    scale: np.float32 | np.ndarray  # of its code
+    error: np.float32 | np.ndarray  # of its code
+    low: np.float32 | np.ndarray  # lowest level that counts; if it is a query
+    high: np.float32 | np.ndarray  # highest level
 
 # %% ../../nbs/evaluation/kernels.ipynb #12d9b0a5
 @_inlined()

@@ -146,8 +146,7 @@ def check_answers(
     gallery_photos: np.ndarray | None = None,  # (G,), as photos
 ):
     "Raises ValueError where the metrics of such labels would: on a K beyond the gallery, or without a positive."
-    itself = gallery_labels is None
-    searched = labels if itself else gallery_labels
+    itself, searched = gallery_labels is None, labels if gallery_labels is None else gallery_labels
     _checked_recalls(recalls, len(searched), itself)
     if photos is None:
         photos, gallery_photos = np.arange(len(labels)), -1 - np.arange(len(searched))

@@ -7,6 +7,7 @@ __all__ = ['unit_circle', 'circles', 'proxy_paths', 'save_film']
 
 # %% ../../nbs/figures/circle.ipynb #85b2ebd0
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -34,7 +35,7 @@ def _draw_embeddings(ax: plt.Axes, embeddings: np.ndarray, labels: np.ndarray):
 # %% ../../nbs/figures/circle.ipynb #631fafbc
 def _draw_proxies(ax: plt.Axes, proxies: np.ndarray):
     "An arrow with a number for each class."
-    arrow = {"arrowstyle": "-|>", "mutation_scale": 7, "lw": 1.4, "shrinkA": 0, "shrinkB": 0}
+    arrow: dict[str, Any] = {"arrowstyle": "-|>", "mutation_scale": 7, "lw": 1.4, "shrinkA": 0, "shrinkB": 0}
     disc = {"boxstyle": "circle,pad=0.15", "fc": "white", "ec": "none"}
     for c, (x, y) in enumerate(proxies):
         ax.add_patch(FancyArrowPatch((0, 0), (x, y), color=COLOURS[c % 10], **arrow))
@@ -100,9 +101,9 @@ def proxy_paths(
 # %% ../../nbs/figures/circle.ipynb #35cb8ae4
 def _frame(figure: plt.Figure, panels: dict[str, tuple]) -> Image.Image:
     "A picture of circles side by side."
-    for ax, (name, (*panel, title)) in zip(figure.axes, panels.items()):
+    for ax, (name, (embeddings, labels, proxies, title)) in zip(figure.axes, panels.items()):
         ax.clear()
-        unit_circle(ax, *panel, f"{name}, {title}")
+        unit_circle(ax, embeddings, labels, proxies, f"{name}, {title}")
     figure.canvas.draw()
     pixels = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
     return pixels.quantize(64, dither=Image.Dither.NONE)

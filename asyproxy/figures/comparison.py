@@ -7,6 +7,7 @@ __all__ = ['COLLAPSED_BELOW', 'BYTES', 'MEASURES', 'momentum_grid', 'recall_over
 
 # %% ../../nbs/figures/comparison.ipynb #cc6060ac
 from collections.abc import Iterator
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -189,7 +190,7 @@ def _momentum_legend(runs: pd.DataFrame, looks: dict) -> tuple[list, list[str]]:
         labels.append("published")
         handles.append(Line2D([], [], color="0.6", ls="--", lw=0.8, marker="o", ms=3, mfc="white", mew=0.7))
     labels.append("measured (mean, 95 % interval)" if "measured" in sources else "measured: none yet")
-    blank = {} if "measured" in sources else {"alpha": 0}
+    blank: dict[str, Any] = {} if "measured" in sources else {"alpha": 0}
     handles.append(Line2D([], [], color="black", lw=1.2, marker="o", ms=3.5, **blank))
     return _explained(handles, labels, len(_divided(runs)[1]) > 0)
 
@@ -228,7 +229,7 @@ def momentum_grid(
 
 # %% ../../nbs/figures/comparison.ipynb #10678141
 BYTES = {"dense": 4, "binary": 1 / 8}  # of a dimension
-_CODES = {"dense": {"ls": "-"}, "binary": {"ls": "--", "mfc": "white"}}
+_CODES: dict[str, dict[str, Any]] = {"dense": {"ls": "-"}, "binary": {"ls": "--", "mfc": "white"}}
 
 
 def _with_bytes(runs: pd.DataFrame) -> pd.DataFrame:
@@ -397,7 +398,7 @@ def _finish_comparison(ax: plt.Axes, label: str, rows: int):
 # %% ../../nbs/figures/comparison.ipynb #04f034d4
 def _comparison_legend(several: bool, before: bool, crosses: bool) -> tuple[list, list[str]]:
     "What dots, bars and lines are."
-    black = {"color": "black", "marker": "o"}
+    black: dict[str, Any] = {"color": "black", "marker": "o"}
     handles, labels = [Line2D([], [], ls="", ms=2, **black)], ["a run"]
     handles.append(Line2D([], [], ms=3.5, mfc="white", mew=0.9, lw=1.6, **black))
     labels.append("mean, 95 % interval" if several else "mean")
@@ -423,7 +424,7 @@ def loss_comparison(
     styles, measures = _group_styles(list(zip(runs["loss"], runs["settings"]))), _measured(runs, tuple(MEASURES))
     rows = [list(styles).index(group) for group in zip(runs["loss"], runs["settings"])]
     runs = runs.assign(row=rows, fallen=fallen, collapsed=False)
-    labels = [group_label(*group, width=44) for group in styles]
+    labels = [group_label(loss, settings, width=44) for loss, settings in styles]
     height = max(0.24, *(0.06 + 0.13 * (label.count("\n") + 1) for label in labels)) * len(labels)
     figure, axes = plt.subplots(1, len(measures), figsize=(1.9 + 2.1 * len(measures), 0.8 + height), sharey=True,
                                 squeeze=False, layout="constrained")

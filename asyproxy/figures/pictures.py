@@ -6,6 +6,8 @@
 __all__ = ['GREEN', 'RED', 'retrieval_gallery', 'contact_sheet']
 
 # %% ../../nbs/figures/pictures.ipynb #c536e762
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Rectangle
@@ -58,7 +60,8 @@ def _draw_answer(ax: plt.Axes, answer: tuple, centre: tuple[float, float], cell:
     "An image in the frame of its correctness, with its distance."
     image, right, distance = answer
     left, top, width, height = _draw_picture(ax, image, centre, cell)
-    frames = {True: {"ec": GREEN, "ls": "-"}, False: {"ec": RED, "ls": (0, (2, 1))}, None: {"ec": "0.6", "lw": 0.6}}
+    frames: dict[bool | None, dict[str, Any]] = {
+        True: {"ec": GREEN, "ls": "-"}, False: {"ec": RED, "ls": (0, (2, 1))}, None: {"ec": "0.6", "lw": 0.6}}
     around = 0.03  # inches between picture and the middle of its frame
     ax.add_patch(Rectangle((left - around, top - around), width + 2 * around, height + 2 * around,
                            fill=False, clip_on=False, **{"lw": 1.8, **frames[right]}))

@@ -24,7 +24,7 @@ def t_interval(
     values: np.ndarray,  # one a seed
 ) -> tuple[float, float]:  # low and high; NaN for a single value
     "The 95 % confidence interval of a mean (Student's t)."
-    mean, half = np.mean(values), half_width(values)
+    mean, half = float(np.mean(values)), half_width(values)
     return mean - half, mean + half
 
 # %% ../../nbs/figures/results.ipynb #23377cf4

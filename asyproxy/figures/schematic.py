@@ -6,6 +6,8 @@
 __all__ = ['method_schematic']
 
 # %% ../../nbs/figures/schematic.ipynb #4c8892f5
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Circle, FancyArrowPatch
@@ -23,9 +25,9 @@ def _at(degrees: float, radius: float = 1.0) -> tuple[float, float]:
 
 def _arrow(ax: plt.Axes, start: float, end: float, number: int, *, radius: float, bend: float = 0.0):
     "An arrow from one angle to another, beside the circle."
-    style = {"arrowstyle": "-|>", "mutation_scale": 9, "lw": 1.3, "shrinkA": 3, "shrinkB": 3, "color": COLOURS[number]}
+    style: dict[str, Any] = {"arrowstyle": "-|>", "mutation_scale": 9, "lw": 1.3, "shrinkA": 3, "shrinkB": 3}
     ends = _at(start, radius), _at(end, radius)
-    ax.add_patch(FancyArrowPatch(*ends, connectionstyle=f"arc3,rad={bend}", **style))
+    ax.add_patch(FancyArrowPatch(*ends, connectionstyle=f"arc3,rad={bend}", color=COLOURS[number], **style))
 
 # %% ../../nbs/figures/schematic.ipynb #b5e576be
 def _draw_batch(ax: plt.Axes, title: str):

@@ -8,7 +8,7 @@ __all__ = ['LOSSES', 'Option', 'LossEntry', 'loss_options', 'lr_factor', 'per_cl
 # %% ../../nbs/loss/catalogue.ipynb #a7ffbf1a
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -158,7 +158,8 @@ def lr_factor(
     options: str | Mapping[str, float | str] = "",  # as for `loss_options`
 ) -> float | None:  # times the learning rate of the model; None: the loss has nothing to train
     "Raises ValueError as `loss_options` does."
-    return loss_options(name, options).get("lr_factor")
+    factor: Any = loss_options(name, options).get("lr_factor")  # not one of the words
+    return factor
 
 # %% ../../nbs/loss/catalogue.ipynb #3c291180
 def per_class(
@@ -166,7 +167,8 @@ def per_class(
     options: str | Mapping[str, float | str] = "",  # as for `loss_options`
 ) -> int | None:  # images of each class in a batch; None: any batch will do
     "Raises ValueError as `loss_options` does."
-    return loss_options(name, options).get("per_class")
+    number: Any = loss_options(name, options).get("per_class")  # whole
+    return number
 
 # %% ../../nbs/loss/catalogue.ipynb #031ffe4c
 def build_loss(

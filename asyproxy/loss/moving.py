@@ -9,7 +9,7 @@ __all__ = ['AGGREGATES', 'move_in_place', 'move_proxies', 'losses_and_slopes', '
 # %% ../../nbs/loss/moving.ipynb #1f615856
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -248,6 +248,7 @@ def _own_rows(module: nn.Module, state: dict, prefix: str) -> dict:
 class _Table(nn.Module):
     "A buffer `proxies` (C, D) that is never cast to half precision, and that takes directions of any length."
     shard: Shard | None = None  # the classes of its rows; None: all
+    proxies: torch.Tensor  # (C, D)
 
     def __init__(self, proxies: torch.Tensor):
         super().__init__()
@@ -280,7 +281,7 @@ def _writes(tensor: torch.Tensor) -> tuple[int, int] | None:
 # %% ../../nbs/loss/moving.ipynb #97cd8746
 class _WatchedTable(_Table):
     "Gives its proxies at unit length, and looks at them only after someone else wrote into them or replaced them."
-    _watched = None, None, None  # the table, its writes, its directions
+    _watched: tuple[Any, tuple[int, int] | None, Any] = None, None, None  # the table, its writes, its directions
 
     def __getstate__(self):
         return {**super().__getstate__(), "_watched": (None, None, None)}
@@ -310,11 +311,11 @@ def _recomputing() -> bool:
     return running is not None and running() != -1
 
 # %% ../../nbs/loss/moving.ipynb #7498e300
-def _refuse_other_step(step: _Step | None, unit: torch.Tensor, labels: torch.Tensor, proxies: torch.Tensor):
-    "Raises ValueError where a backward pass calls the loss and that is not the last step again."
+def _same_step(step: _Step | None, unit: torch.Tensor, labels: torch.Tensor, proxies: torch.Tensor) -> _Step:
+    "The last step. Raises ValueError where a backward pass calls the loss and that is not the last step again."
     if step is not None and step.alone and step.writes == _writes(proxies) and torch.equal(labels, step.labels):
         if ((unit - step.unit).abs() < 1e-2).all():  # an empty share of a batch, too
-            return
+            return step
     if step is not None:
         step.differentiated = True  # it is lost; the next one need not wait for it
     raise ValueError("expected the last batch once more, as torch.utils.checkpoint recomputes it, "
@@ -346,7 +347,7 @@ class _Batches(_WatchedTable):
             return *whole_batch(unit, labels, len(self.proxies), together=together), None
         check_processes(self.shard)
         wanted = torch.is_grad_enabled() and unit.requires_grad
-        counts, asked = zip(*numbers_of_all(len(unit), wanted))
+        counts, asked = map(list, zip(*numbers_of_all(len(unit), wanted)))
         everyone, all_labels, count = whole_batch(unit, labels, self.shard.num_classes, together=True, counts=counts)
         shared = _Together(everyone, all_labels, counts, self.shard, any(asked))
         return everyone, all_labels, count if together else max(1, len(unit)), shared
@@ -354,7 +355,8 @@ class _Batches(_WatchedTable):
 # %% ../../nbs/loss/moving.ipynb #adae6daa
 class _Steps(_Batches):
     "Evaluates, takes the next step, or the last one again; `_move` says how proxies move."
-    _evaluated = _stepped = None
+    _evaluated: _Step | None = None
+    _stepped: _Step | None = None
 
     def __getstate__(self):
         return {**super().__getstate__(), "_evaluated": None, "_stepped": None}
@@ -384,8 +386,8 @@ class _Steps(_Batches):
         return loss
 
     def _last_step(self, unit, labels) -> torch.Tensor:
-        step = self._stepped if self.training else self._evaluated
-        _refuse_other_step(step, unit.detach(), labels, self.proxies)
+        last = self._stepped if self.training else self._evaluated
+        step = _same_step(last, unit.detach(), labels, self.proxies)
         return self._loss(_before(step, self._unit_proxies()), unit, labels, step)[0]
 
 # %% ../../nbs/loss/moving.ipynb #f0c37df3

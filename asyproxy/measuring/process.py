@@ -16,7 +16,7 @@ import timeit
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,7 +33,7 @@ def _clock(device: torch.device) -> Callable[[], float]:
 class Timing(NamedTuple):
     "What calls took, and what came out."
     seconds: list[float]  # of each call
-    result: object  # what the last call returned
+    result: Any  # what the last call returned
 
     @property
     def median(self) -> float:  # seconds of a call
@@ -41,7 +41,7 @@ class Timing(NamedTuple):
 
 # %% ../../nbs/measuring/process.ipynb #2d7e662c
 def time_calls(
-    call: Callable[[], object],  # what is timed
+    call: Callable[[], Any],  # what is timed
     repeats: int,  # calls that count
     *,
     warm_up: int = 0,  # calls before them that don't
@@ -119,7 +119,7 @@ def measure(
     function: Callable,  # of a module that can be imported: it times itself with what is above
     *arguments,  # of the function; what JSON can hold
     **options,  # of the function; what JSON can hold
-) -> object:  # what the function returns, as JSON holds it
+) -> Any:  # what the function returns, as JSON holds it
     "Calls a function in a new process. Raises RuntimeError where that fails, ModuleNotFoundError if it lacks a module."
     name = function.__name__
     if function.__module__ == "__main__":

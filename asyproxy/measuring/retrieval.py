@@ -199,6 +199,10 @@ def _load(folder: str, method: str, queries: int, bits: int) -> tuple[Side, Side
     return Side(embeddings[:queries], labels[:queries]), Side(embeddings[queries:], labels[queries:])
 
 
+def _few(side: Side) -> Side:
+    return Side(side.embeddings[:1000], side.labels[:1000])
+
+
 def _touch(side: Side) -> None:
     "What is mapped is in memory before that is counted."
     for start in range(0, len(side.embeddings), 8192):
@@ -213,16 +217,16 @@ def retrieve(
     task: dict,  # of Task
 ) -> dict:  # seconds (median), memory_mb, metrics
     "What `measure_retrieval` does in its process."
-    sides, task = _load(folder, method, queries, task["bits"]), Task(**task)
-    few = [side and Side(side.embeddings[:1000], side.labels[:1000]) for side in sides]
+    sides, asked = _load(folder, method, queries, task["bits"]), Task(**task)
+    few = _few(sides[0]), sides[1] and _few(sides[1])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        METHODS[method](*few, task._replace(recalls=(1,)))
+        METHODS[method](*few, asked._replace(recalls=(1,)))
         for side in filter(None, sides):
             _touch(side)
         before = resident_memory()
         reset_peak_memory()
-        timing = time_calls(partial(METHODS[method], *sides, task), repeats)
+        timing = time_calls(partial(METHODS[method], *sides, asked), repeats)
     return {"seconds": timing.median, "memory_mb": (peak_memory() - before) / 1e6, "metrics": timing.result}
 
 # %% ../../nbs/measuring/retrieval.ipynb #b42e8b1f
@@ -246,7 +250,7 @@ def measure_retrieval(
 # %% ../../nbs/measuring/retrieval.ipynb #11e5b091
 def library_versions() -> dict[str, str | None]:  # distribution: version; None where it isn't installed
     "Of the libraries whose speed is compared."
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in ("numba", "faiss-cpu", "pytorch-metric-learning", "open-metric-learning"):
         try:
             versions[name] = version(name)

@@ -148,7 +148,7 @@ def _paired(searches: dict[str, Callable], asked: np.ndarray, number: int) -> di
     parts, timings = [asked[i:i + number] for i in range(0, len(asked), number)], {}
     for name, search in searches.items():
         time.sleep(0.02)  # the threads of the one before may wait in a loop
-        timings[name] = time_calls(lambda search=search: [search(part) for part in parts], 1)
+        timings[name] = time_calls(lambda: [search(part) for part in parts], 1)
     for ours, theirs in zip(timings["asyproxy"].result, timings["FAISS"].result):
         assert (ours == theirs).all(), "expected the distances of FAISS"
     return {name: timing.median / len(parts) for name, timing in timings.items()}

@@ -6,8 +6,10 @@
 __all__ = ['BACKBONES', 'describe_backbone', 'build_backbone', 'check_image_size']
 
 # %% ../../nbs/model/backbones.ipynb #7f2a3f76
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -87,8 +89,8 @@ def _inception_url() -> str:
     return pretrained_settings["bninception"]["imagenet"]["url"]
 
 # %% ../../nbs/model/backbones.ipynb #6934bc94
-_HALVES = {"mean": (0.5,) * 3, "std": (0.5,) * 3}  # values in -1 ... 1
-_CAFFE = {"mean": (104 / 255, 117 / 255, 128 / 255), "std": (1 / 255,) * 3, "bgr": True}
+_HALVES: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3}  # values in -1 ... 1
+_CAFFE: dict[str, Any] = {"mean": (104 / 255, 117 / 255, 128 / 255), "std": (1 / 255,) * 3, "bgr": True}
 BACKBONES = {
     "resnet50": Backbone(partial(_resnet, "resnet50"), 2048, partial(_torchvision_url, "ResNet50_Weights")),
     "inception": Backbone(_inception, 1024, _inception_url, **_CAFFE),
@@ -104,7 +106,7 @@ def describe_backbone(
     backbone_type: str,  # one of `BACKBONES`, or timm:NAME
 ) -> Backbone:
     "What there is to know of a backbone. Raises ValueError on an unknown name."
-    names = BACKBONES
+    names: Collection[str] = BACKBONES
     if str(backbone_type).startswith("timm:"):
         names = timm_names()
     if backbone_type not in names:
@@ -125,7 +127,7 @@ def build_backbone(
         raise ValueError('expected weights="random" or a local file: '
                          f"there are no pretrained weights for {backbone_type}")
     net = backbone.build()
-    if weights == "pretrained":
+    if weights == "pretrained" and backbone.load_packaged:
         backbone.load_packaged(net)
     elif weights != "random":
         load_backbone_weights(net, weights, backbone.convert and partial(backbone.convert, net))

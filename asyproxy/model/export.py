@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,8 @@ def _onnx() -> tuple[ModuleType, ModuleType]:
 # %% ../../nbs/model/export.ipynb #4a1993dd
 def _plain(model: EmbeddingModel) -> EmbeddingModel:
     "A copy on the CPU, in float32 and eval mode, that asks for no gradients."
-    plain = copy.deepcopy(getattr(model, "_orig_mod", model)).to("cpu", torch.float32)
+    inner: Any = getattr(model, "_orig_mod", model)
+    plain = copy.deepcopy(inner).to("cpu", torch.float32)
     plain.to(memory_format=torch.contiguous_format)  # a file with weights in another order is warned of
     return plain.eval().requires_grad_(False)
 
@@ -84,7 +86,7 @@ def _program(model: EmbeddingModel, image_size: int) -> torch.export.ExportedPro
 # %% ../../nbs/model/export.ipynb #3b9544b3
 def _probes(image_size: int) -> torch.Tensor:
     "(5, 3, image_size, image_size), uint8: noise of every size added up, always the same."
-    generator, pixels = torch.Generator().manual_seed(0), 0
+    generator, pixels = torch.Generator().manual_seed(0), torch.zeros(())
     for side in (2, 4, 8, 16, image_size):
         noise = torch.rand(5, 3, side, side, generator=generator)
         pixels = pixels + F.interpolate(noise, size=(image_size, image_size), mode="bilinear")

@@ -13,9 +13,11 @@ import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy._core import multiarray
 from torch import nn
 from tqdm import tqdm
 
@@ -37,7 +39,10 @@ def _download(url: str, path: Path, timeout: float):
 # %% ../../nbs/model/weights.ipynb #bd31aa99
 def _check_digest(path: Path):
     "Raises ValueError where a file's SHA-256 is not the one in its name."
-    expected = re.search(r"-([0-9a-f]{8,})\.\w+$", path.name)[1]
+    named = re.search(r"-([0-9a-f]{8,})\.\w+$", path.name)
+    if not named:
+        raise ValueError(f"expected a name that ends with the start of a SHA-256, got {path.name}")
+    expected = named[1]
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not digest.startswith(expected):
         raise ValueError(f"expected a file whose SHA-256 starts with {expected}, got {digest[:len(expected)]}: "
@@ -65,9 +70,9 @@ _ALONE = ("Save the tensors alone where the file was made: torch.save(model.stat
 # %% ../../nbs/model/weights.ipynb #2333bb32
 _TYPES = (np.bool_, np.int32, np.int64, np.uint8, np.float16, np.float32, np.float64)
 _NUMBERS = [np.dtype, *(type(np.dtype(kind)) for kind in _TYPES),
-            *((np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
+            *((multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
 _ARRAYS = [np.ndarray, type(np.dtype("U1")),
-           *((np._core.multiarray._reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core"))]
+           *((multiarray._reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core"))]
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -89,7 +94,7 @@ def read_weights(
     path: str | Path,  # safetensors, or a file of torch.save
     *,
     arrays: bool = False,  # NumPy's arrays of numbers and texts may be among it
-) -> object:  # tensors on the CPU by name, or whatever else torch.save was given
+) -> Any:  # tensors on the CPU by name, or whatever else torch.save was given
     "What a file holds, read without running code. Raises FileNotFoundError, or ValueError where it can't be read so."
     path = Path(path)
     if not path.is_file():

@@ -97,8 +97,8 @@ def _answer(database: EmbeddingDatabase, query: Query, answer, bits: int) -> str
     name, far = item_name(database, answer.position), not (pd.isna(answer.match) or answer.match)
     frame, words = _verdict(query, answer)
     said = f"Rank {answer.rank}: {name}, {distance_text(answer.distance, bits)}"
-    notes = [note for note in (words, "beyond the threshold" if far else "") if note]
-    notes = "".join(f"<span class=note>{note}</span>" for note in notes)
+    told = [note for note in (words, "beyond the threshold" if far else "") if note]
+    notes = "".join(f"<span class=note>{note}</span>" for note in told)
     return (f'<li class="{frame} {"far" if far else ""}" data-position="{answer.position}">'
             f'<figure>{image(item_picture(database, answer.position), said)}'
             f'<figcaption><span class=rank>{answer.rank}</span> <b>{escape(name)}</b>'

@@ -66,7 +66,7 @@ def _class(database: EmbeddingDatabase, query: Query | None, positions: np.ndarr
     if label < 0 and len(positions):
         label = int(database.labels[positions[0]])
     members = np.flatnonzero(database.labels == label) if label >= 0 else []
-    return (label, item_name(database, members[0])) if len(members) else (-1, "")
+    return (label, item_name(database, int(members[0]))) if len(members) else (-1, "")
 
 # %% ../../nbs/page/drawing.ipynb #c9504160
 def map_html(

@@ -18,6 +18,7 @@ from html import escape
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
+from typing import Any
 
 import anywidget
 import traitlets
@@ -57,10 +58,11 @@ class Explorer:
         from asyproxy.retrieval import load_database, model_of
 
         say("Loading the database ...")
-        self.database, self.folder, self.map = load_database(folder), folder, None
+        self.database, self.folder = load_database(folder), folder
+        self.map: Any = None  # Map, once it is made
         say("Loading the model ...")
         try:
-            self.model = model_of(self.database)
+            self.model: Any = model_of(self.database)  # EmbeddingModel; None: it is not where it was
         except FileNotFoundError:
             self.model = None
         boxes = Counter(self.database.photos.tolist())  # an item does not find others of its photograph
@@ -148,7 +150,7 @@ class Visit:
     shown: Shown  # or what has the same fields
     folder: Path | None = None  # of a database; None: `chosen_database`
     todo: SimpleQueue = field(default_factory=SimpleQueue)  # of (message, buffers), and of None: the map is there
-    explorer: Explorer | None = None  # once it is open
+    explorer: Explorer = field(init=False, repr=False)  # once it is open
     query: object = None  # Query that was asked last
     positions: object = None  # (K,), of its answers
 

@@ -72,7 +72,7 @@ def map_file(
 def _all_bytes(blocks: Iterable[np.ndarray]) -> bytes:
     digest = hashlib.sha256()
     for block in blocks:
-        digest.update(np.ascontiguousarray(block))
+        digest.update(np.ascontiguousarray(block))  # type: ignore[arg-type]  # as in `checksum` of the pixels
     return digest.digest()
 
 # %% ../../nbs/page/map.ipynb #d230e2f8

@@ -135,7 +135,7 @@ def build_approximate(
     recall = float(np.mean([np.isin(one, other).mean() for one, other in zip(exact, found)]))
     print(f"{kind} over {len(gallery):,} rows in {seconds:.1f} s: it finds {recall:.1%} of the {k} nearest, as exact "
           f"search finds them for {len(asked)} queries")
-    return Approximate(index, About(kind, *gallery.shape, k, recall))
+    return Approximate(index, About(kind, len(gallery), gallery.shape[1], k, recall))
 
 # %% ../../nbs/retrieval/approximate.ipynb #23fc4c33
 def _sha256(path: str | Path) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 
 # %% ../../nbs/retrieval/arrays.ipynb #636c464a
 ROOM = 1024  # bytes from the start of a file to its first array
-TYPES = {"F32": np.dtype("<f4"), "U8": np.dtype("u1"), "I64": np.dtype("<i8")}
+TYPES: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "U8": np.dtype("u1"), "I64": np.dtype("<i8")}
 
 
 def _header(entries: dict[str, dict]) -> bytes:

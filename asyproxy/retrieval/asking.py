@@ -68,7 +68,7 @@ def search(
     return cosines.astype(np.float32), positions
 
 # %% ../../nbs/retrieval/asking.ipynb #b4962ddb
-def _matches(database: EmbeddingDatabase, values: np.ndarray, binary: bool) -> pd.array:
+def _matches(database: EmbeddingDatabase, values: np.ndarray, binary: bool) -> pd.api.extensions.ExtensionArray:
     "(n,), boolean: whether similarities reach the threshold; NA where there is none."
     threshold = database.about["threshold"]
     if threshold is None:

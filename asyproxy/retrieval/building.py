@@ -107,8 +107,8 @@ def _listed(where: str | Path | Iterable[str | Path]) -> tuple[Path, list[str], 
         foreign = [f"{path}: convert it to JPEG or PNG" for path in seen if is_foreign(path)]
         return root, [path for path in seen if is_image(path)], seen.lost() + foreign
     paths = [os.path.abspath(user_path(path)) for path in where]
-    root = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
-    return Path(root), [os.path.relpath(path, root) for path in paths], []
+    above = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
+    return Path(above), [os.path.relpath(path, above) for path in paths], []
 
 # %% ../../nbs/retrieval/building.ipynb #9699da38
 def _opened(root: Path, paths: list[str], lost: list[str], skip_unreadable: bool) -> tuple[pd.DataFrame, list[str]]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -67,7 +68,7 @@ class EmbeddingDatabase:
     items: pd.DataFrame  # (N,), see `check_items`
     about: dict = field(default_factory=dict)  # JSON values, see `ABOUT`
     thumbnails: Thumbnails | None = None  # of the items
-    codes: np.ndarray | None = None  # (N, ceil(D / 8)), uint8; None: made of the embeddings
+    codes: Any = None  # array (N, ceil(D / 8)), uint8; None: made of the embeddings
     folder: Path | None = None  # where it lies; None: in memory alone
     files: dict = field(default_factory=dict)  # in that folder, with their hashes
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -62,7 +63,7 @@ def _check_features(side: Side, name: str, path: str | Path):
 
 # %% ../../nbs/retrieval/earlier.ipynb #00d3b88d
 def sides_of(
-    held: object,  # of `read_weights`
+    held: Any,  # of `read_weights`
     path: str | Path,  # where it is from
 ) -> tuple[Side, Side | None]:  # the test images, and the gallery that they search; None: they search each other
     "Raises ValueError where it is no such file, or its parts do not fit each other."
@@ -112,7 +113,8 @@ def agreement(
     if not found:
         return 0, float("nan")
     paths = [Path(data_path, side.paths[place]) for place in found]
-    data = image_files(paths, image_size=model.image_size, test_resize=model.test_resize)
+    view: dict[str, Any] = {"image_size": model.image_size, "test_resize": model.test_resize}
+    data = image_files(paths, **view)
     again, _ = embed(model, ImageSet(data, "test"))
     return len(found), float((again * normalize(side.features[found])).sum(dim=1).median())
 
@@ -124,7 +126,7 @@ class Imported:
     metrics: dict  # of `measured`; {}: there were no features
 
 
-def _read(files: Sequence[str | Path]) -> dict[str, tuple[object, Path]]:
+def _read(files: Sequence[str | Path]) -> dict[str, tuple[Any, Path]]:
     "\"model\" and \"features\" -> what a file holds, and its path. Raises ValueError where two are of one kind."
     found = {}
     for path in map(Path, files):
@@ -173,12 +175,12 @@ def import_earlier(
     found, folder = _read(files), Path(folder)
     model, proxies = model_of_state(*found["model"], **options) if "model" in found else (None, None)
     if "features" not in found:
-        return Imported([_save_model(model, proxies, folder)], {})
+        return Imported([_save_model(model, proxies, folder)] if model else [], {})
     test, gallery = sides_of(*found["features"])
     metrics, searched = measured(test, gallery, recalls), gallery or test
     named, said = _belongs(model, searched, data_path)
     lines, about = [_save_model(model, proxies, folder)] if model else [], {}
-    if named:
+    if model and named:
         about = {"model": {"sha256": model_hash(model), "file": os.path.abspath(folder / "model.safetensors")},
                  "view": {"image_size": model.image_size, "test_resize": model.test_resize}}
     for name, side in (("database", searched), ("queries", test if gallery else None)):

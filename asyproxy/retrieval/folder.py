@@ -229,7 +229,7 @@ def _check_file(path: Path, entry: dict, verify: bool):
     if not path.is_file():
         raise FileNotFoundError(f"expected {path.name} in {path.parent}, which its manifest names, found none: "
                                 "copy the whole folder again")
-    size = path.stat().st_size
+    size: int | str = path.stat().st_size
     if size == entry["bytes"] and verify:
         with open(path, "rb") as file:
             size = size if hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"] else "others"

@@ -8,7 +8,7 @@ __all__ = ['TEXTS', 'NUMBERS', 'COLUMNS', 'items_table', 'check_items', 'items_b
 # %% ../../nbs/retrieval/items.ipynb #f6d7c899
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -43,7 +43,7 @@ def _column(name: str, values: pd.Series) -> pd.Series:
 
 
 def items_table(
-    columns: dict[str, Sequence],  # a column among `COLUMNS` -> its values (N,)
+    columns: Mapping[str, Iterable],  # a column among `COLUMNS` -> its values (N,)
     count: int,  # N
 ) -> pd.DataFrame:  # rows numbered from 0
     "A table in our types: pandas would take texts for its own kind, which may not hold half characters."
@@ -87,9 +87,9 @@ def read_items(
     "Raises ValueError where it is no table of so many items."
     try:
         names, rows = _rows(content, count)
-        columns = dict(zip(names, zip(*rows) if rows else [[]] * len(names), strict=True))
+        texts = dict(zip(names, zip(*rows) if rows else [[]] * len(names), strict=True))
         columns = {name: np.array(values, object).astype(np.int64 if name in NUMBERS else object)
-                   for name, values in columns.items()}
+                   for name, values in texts.items()}
         _check_columns(columns)
         return check_items(items_table(columns, count))
     except (ValueError, OverflowError, csv.Error) as error:

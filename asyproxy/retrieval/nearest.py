@@ -9,7 +9,7 @@ __all__ = ['UNIT', 'DIGITS', 'VALUES', 'SIMILARITIES', 'QUERIES', 'SINGLE', 'ROO
 # %% ../../nbs/retrieval/nearest.ipynb #58cdc43a
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -54,7 +54,7 @@ def rows_left_out(
 def check_k(
     k: int,  # how many are asked for
     gallery: int,  # N
-    excluded: list[np.ndarray],  # of each query the rows that it may not find
+    excluded: Sequence[Sized],  # of each query the rows that it may not find
 ):
     "Raises ValueError where some query can't find as many."
     available = gallery - max(map(len, excluded))
@@ -185,11 +185,10 @@ def nearest_dense(
     check_k(k, len(gallery), excluded)
     first = np.asarray(gallery[:100], np.float64)
     _check_lengths((first * first).sum(axis=1), np.arange(len(first)))
-    unit, found = unit_rows(queries), []
-    for begin in range(0, len(queries), QUERIES):
-        part = slice(begin, begin + QUERIES)
-        found.append(_nearest_of(gallery, unit[part], k, excluded[part]))
-    return tuple(np.concatenate(both) for both in zip(*found))
+    unit, parts = unit_rows(queries), [slice(begin, begin + QUERIES) for begin in range(0, len(queries), QUERIES)]
+    found = [_nearest_of(gallery, unit[part], k, excluded[part]) for part in parts]
+    cosines, positions = (np.concatenate(both) for both in zip(*found))
+    return cosines, positions
 
 # %% ../../nbs/retrieval/nearest.ipynb #1b3b2a19
 ROOM = 16  # keys of a query that are kept beside twice as many as are asked for

@@ -72,7 +72,8 @@ def answers_to(
     retrieval_num = min(retrieval_num, len(database) - taken)
     if ours:
         return ask_items(database, ours, retrieval_num, binary=binary)
-    return ask_images(database, queries, retrieval_num, binary=binary, model=model)
+    paths = [query for query in queries if not isinstance(query, int)]
+    return ask_images(database, paths, retrieval_num, binary=binary, model=model)
 
 # %% ../../nbs/retrieval/questions.ipynb #11b5a14f
 def _label(query: str | int, database: EmbeddingDatabase) -> int:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..children import ended_by
 from .plan import Job, Plan, due
@@ -27,11 +28,11 @@ class Task:
     identity: str = ""  # id of the run; "": what it asks for is refused
     said: dict = field(default_factory=dict)  # its parameters, as a record says them
     command: list[str] = field(default_factory=list)  # that runs it
-    record: Path | None = None  # where its record shall be
-    folder: Path | None = None  # in which it works
+    record: Any = None  # path where its record shall be; None where it is refused
+    folder: Any = None  # path in which it works; None where it is refused
     state: str = "waiting"  # complete: before the batch; waiting, elsewhere, running, done, failed
     outcome: dict | str | None = None  # the record, or why there is none; None: it has not ended
-    handle: object = None  # of the executor, while it runs
+    handle: Any = None  # of the executor, while it runs
     starts: int = 0  # how often it was started
     begun: float = 0.0  # when it was started, as time.monotonic has it
     seconds: float = 0.0  # that it took, with those before that were killed

@@ -43,7 +43,8 @@ def seconds_left(
 ) -> float | None:  # None: nothing is known
     "How long it will take until nothing is left to be done."
     done = batch.within("done")
-    made = [task.outcome | {"seconds": task.seconds} for task in done]  # a record does not know how long a start takes
+    # a record does not know how long a start takes
+    made = [task.outcome | {"seconds": task.seconds} for task in done if isinstance(task.outcome, dict)]
     time_left, _ = estimate(batch.plan, batch.outcomes(), records + made, {})
     if not time_left.known and not done:
         return None
@@ -163,7 +164,8 @@ class Board:
         self.records, self.stream = records, stream or sys.stdout
         self.live = self.stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
         self._lines, self._drawn, self._told = [], -math.inf, []
-        self._left = (-1, None, 0.0)  # with how many ended, how many seconds were left, and when
+        # with how many ended, how many seconds were left, and when
+        self._left: tuple[int, float | None, float] = (-1, None, 0.0)
 
     def tell(
         self,

@@ -284,8 +284,8 @@ def _check_room(folder: Path, others: set[str]):
     "Raises ValueError where the folder holds a file of one of these other formats, or is none."
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"expected a folder to write to, got the file {folder}")
-    if others := sorted(path.name for path in folder.glob("model.*") if path.suffix[1:] in others):
-        raise ValueError(f"expected a folder without files of another export, got {', '.join(others)} in {folder}: "
+    if found := sorted(path.name for path in folder.glob("model.*") if path.suffix[1:] in others):
+        raise ValueError(f"expected a folder without files of another export, got {', '.join(found)} in {folder}: "
                          "name another folder, or write all of them at once with --format both")
 
 

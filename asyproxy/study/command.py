@@ -331,7 +331,7 @@ def main(
     try:
         _act(options)
     except (ValueError, OSError, RuntimeError) as error:
-        _tell(error)
+        _tell(str(error))
         return _code(error)
     except _Ended as ended:
         number = ended.args[0]

@@ -15,6 +15,7 @@ import sys
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import asyproxy
 
@@ -63,7 +64,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 def _code(root: Path) -> dict:  # git_commit, git_dirty: None where the repository is another one
     "The commit of a checkout of this project."
     top, tracked = _git(root, "rev-parse", "--show-toplevel"), _git(root, "ls-files", "asyproxy/__init__.py")
-    if not tracked or Path(top).resolve() != root.resolve():
+    if not tracked or not top or Path(top).resolve() != root.resolve():
         return {"git_commit": None, "git_dirty": None}
     changes = _git(root, "status", "--porcelain", "--", ".", ":!figures")
     return {"git_commit": _git(root, "rev-parse", "HEAD"), "git_dirty": None if changes is None else bool(changes)}
@@ -124,7 +125,7 @@ def peak_memory_mb() -> float | None:  # None where the system does not say
 # %% ../../nbs/study/environment.ipynb #a01b3523
 def environment() -> dict:  # versions, git_commit, git_dirty, code, machine; older records have no code and no threads
     "What a result depends on beside its parameters."
-    machine = {"system": platform.system(), "architecture": platform.machine()}
+    machine: dict[str, Any] = {"system": platform.system(), "architecture": platform.machine()}
     machine |= {"processor": _processor(), "cores": os.cpu_count(), "threads": _threads()}
     versions = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
     commit = _code(Path(asyproxy.__file__).resolve().parents[1])

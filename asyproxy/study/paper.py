@@ -9,6 +9,7 @@ __all__ = ['of_protocol', 'paper_numbers', 'paper_table', 'to_run', 'peers_table
 import math
 from collections.abc import Iterable, Iterator
 from itertools import product
+from typing import Any
 
 import pandas as pd
 
@@ -29,7 +30,7 @@ def of_protocol(
     free: Iterable[str] = (),  # parameters that may have any value, too
 ) -> pd.DataFrame:  # the same columns
     "The rows of a data set with the paper's backbones and settings."
-    asked = {name: one.default for name, one in parameters(Experiment).items()}
+    asked: dict[str, Any] = {name: one.default for name, one in parameters(Experiment).items()}
     asked |= {**PROTOCOL[data_name], "data_name": data_name}
     rows = results[results["backbone_type"].isin(BACKBONES)]
     for name in set(group_columns(rows)) - {"fingerprint", "backbone_type", *_HOW, *free}:

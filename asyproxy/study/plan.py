@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..experiment import Parameter, checked, hint
 from .plan_file import read_yaml
@@ -174,8 +175,9 @@ def read_plan(
     "Raises FileNotFoundError, or ValueError that names file, part and key; RuntimeError where the check fails."
     plan = _plan(path, only := list(only))
     command = [sys.executable, "-c", _PROGRAM, str(path), *only]
-    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, start_new_session=True, text=True, encoding="utf-8", **streams) as process:
+    streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process: Any = subprocess.Popen(command, start_new_session=True, text=True, encoding="utf-8", **streams)
+    with process:
         said = process.stdout.read()
     if process.returncode:
         raise RuntimeError(f"the check of {plan.name} ended with code {process.returncode}: see above")
@@ -220,8 +222,8 @@ def winners_of(
     search = plan.part(part.best_of)
     winners = {place: standing_of(plan, search, place, find).winner for place in set(part.taken)}
     for place, point in zip(part.taken, part.points):
-        if winners[place] is not None:
-            yield search.points[place], job_of(plan, part, search.points[place] | winners[place] | point)
+        if (winner := winners[place]) is not None:
+            yield search.points[place], job_of(plan, part, search.points[place] | winner | point)
 
 # %% ../../nbs/study/plan.ipynb #97f148a8
 def jobs_of(

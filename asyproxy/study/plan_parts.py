@@ -7,8 +7,10 @@ __all__ = ['METRICS', 'TRIAL', 'KEYS', 'Part', 'read_part']
 
 # %% ../../nbs/study/plan_parts.ipynb #4900d9f5
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 from ..experiment import hint
 from asyproxy.study.plan_values import (
@@ -60,7 +62,7 @@ def _drawn_from(notebook: Notebook, name: str, entry: dict) -> Range | Choices:
     return Choices(values)
 
 # %% ../../nbs/study/plan_parts.ipynb #fc38b61f
-def _when(notebook: Notebook, value, points: list[dict]) -> dict[str, list]:
+def _when(notebook: Notebook, value, points: Sequence[dict]) -> dict[str, list]:
     "For each parameter the values at which something is searched. Raises ValueError."
     if value is None:
         return {}
@@ -74,7 +76,7 @@ def _when(notebook: Notebook, value, points: list[dict]) -> dict[str, list]:
     return wanted
 
 # %% ../../nbs/study/plan_parts.ipynb #6d95e712
-def _space(notebook: Notebook, value, points: list[dict]) -> list[tuple[str, Range | Choices, dict]]:
+def _space(notebook: Notebook, value, points: Sequence[dict]) -> list[tuple[str, Range | Choices, dict]]:
     "Parameter, what it may be, and when. Raises ValueError."
     entries = dict(mapping_of(value))
     if "loss_options" in entries:
@@ -111,7 +113,7 @@ METRICS = ("recall@1", "map@r", "r_precision")  # of a validation
 
 def _search(notebook: Notebook, mapping: dict) -> Search:
     "A search whose space is still to come. Raises ValueError."
-    found = {"trials": whole_of(mapping, "trials", 0, 1), "seed": whole_of(mapping, "seed", 0, 0)}
+    found: dict[str, Any] = {"trials": whole_of(mapping, "trials", 0, 1), "seed": whole_of(mapping, "seed", 0, 0)}
     found["generation"] = whole_of(mapping, "generation", 4, 1)
     with at("rungs"):
         found |= _rungs(notebook, mapping.get("rungs"))
@@ -169,7 +171,7 @@ def _best_of(name, before: list[Part], names: list[str]) -> Part:
     return searches[name]
 
 # %% ../../nbs/study/plan_parts.ipynb #c1cf8267
-def _matched(search: Part, fixed: dict, points: list[dict], where: dict) -> list[tuple[int, dict]]:
+def _matched(search: Part, fixed: dict, points: Sequence[dict], where: dict) -> list[tuple[int, dict]]:
     "Each point of a search with the points that agree with it. Raises ValueError on one that agrees with none."
     for name in search.varied:
         if name in fixed and name not in where and any(point.get(name) == fixed[name] for point in search.points):

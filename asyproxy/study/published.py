@@ -8,6 +8,7 @@ __all__ = ['BACKBONES', 'PROTOCOL', 'published', 'command']
 # %% ../../nbs/study/published.ipynb #dca8169e
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -33,7 +34,7 @@ def published(
 # %% ../../nbs/study/published.ipynb #5fa93129
 BACKBONES = ("resnet50", "inception", "googlenet")  # of the paper, in the order of its tables
 _ALL = {"loss": "moving", "feature_dim": 512, "batch_size": 128, "num_epochs": 30}
-PROTOCOL = {  # data_name -> the parameters that differ from the benchmark's defaults
+PROTOCOL: dict[str, dict[str, Any]] = {  # data_name -> the parameters that differ from the benchmark's defaults
     "car": {**_ALL, "temperature": 0.03, "lr": 1e-4, "momentum": 0.5, "recalls": "1,2,4,8"},
     "cub": {**_ALL, "temperature": 0.03, "lr": 1e-4, "momentum": 0.5, "recalls": "1,2,4,8"},
     "sop": {**_ALL, "temperature": 0.05, "lr": 4e-5, "momentum": 0.95, "recalls": "1,10,100,1000"},

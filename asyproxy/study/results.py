@@ -10,6 +10,7 @@ __all__ = ['STAGES', 'CODES', 'SHORT', 'recall_names', 'group_columns', 'results
 import json
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import pandas as pd
 
@@ -34,7 +35,7 @@ def _name(record: dict) -> str:
 def _check_record(record: dict):
     "Raises ValueError that names what a record lacks."
     for path, kind in _NEEDED.items():
-        value = record
+        value: Any = record
         for key in path.split("."):
             value = value.get(key) if isinstance(value, dict) else None
         if type(value) is not kind:

@@ -19,6 +19,7 @@ from io import StringIO
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
+from typing import Any
 
 from ..children import ended_by
 from asyproxy.experiment import (
@@ -132,9 +133,10 @@ def _answer_all():
 def looking() -> Iterator[Callable[[Path, dict], dict]]:
     "Gives a function from a notebook and parameters to identity, said and given, which raises what `run` raises first."
     command = [sys.executable, "-c", "from asyproxy.study.run import _answer_all; _answer_all()"]
-    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    text = {"text": True, "encoding": "utf-8", "bufsize": 1}
-    with subprocess.Popen(command, start_new_session=True, **streams, **text) as process:
+    streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    text: dict[str, Any] = {"text": True, "encoding": "utf-8", "bufsize": 1}
+    process: Any = subprocess.Popen(command, start_new_session=True, **streams, **text)
+    with process:
         def look(path: Path, given: dict) -> dict:
             process.stdin.write(json.dumps([str(path), given], default=str) + "\n")
             if not (said := process.stdout.readline()):
@@ -165,7 +167,7 @@ def _show(process: subprocess.Popen, log: Path) -> str:
     "The last line of a process; what it says goes to a file, and what is of interest is printed."
     last = ""
     with open(log, "w", encoding="utf-8") as file:
-        for line in process.stdout:
+        for line in process.stdout or ():
             file.write(line)
             if last.strip() and not last.startswith(_NOISE) and " 0/" not in last:
                 print("  " + last.rstrip(), flush=True)
@@ -191,9 +193,10 @@ os._exit(execute.main(*sys.argv[1:]))  # nothing is left to be done, and librari
 def _execute(job: list, log: Path, environment: dict[str, str]) -> str | Killed:
     "Runs a notebook and says why it stopped. If this process is interrupted, it ends all that it started."
     command = [sys.executable, "-c", EXECUTE, json.dumps(job)]
-    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    text = {"text": True, "encoding": "utf-8", "errors": "replace", "bufsize": 1}
-    with subprocess.Popen(command, env=environment, start_new_session=True, **streams, **text) as process:
+    streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    text: dict[str, Any] = {"text": True, "encoding": "utf-8", "errors": "replace", "bufsize": 1}
+    process: Any = subprocess.Popen(command, env=environment, start_new_session=True, **streams, **text)
+    with process:
         try:
             last = _show(process, log)
         except BaseException:

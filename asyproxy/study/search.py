@@ -142,7 +142,7 @@ def _tried(search: Search, trials: list, rung: int, outcome: Callable) -> tuple[
     runs = [[dict(trial) | _epochs(search, rung) | dict(repeat) for repeat in search.repeats] for trial in trials]
     if waiting := [run for several in runs for run in several if outcome(run) is None]:
         return waiting, []
-    values = [[trial_value(outcome(run), search.metric) for run in several] for several in runs]
+    values: list[list] = [[trial_value(outcome(run), search.metric) for run in several] for several in runs]
     return [], [None if None in several else sum(several) / len(several) for several in values]
 
 # %% ../../nbs/study/search.ipynb #bb85ab2c

@@ -32,8 +32,8 @@ def _built(model: "EmbeddingModel", where: str, data_name: str, **options) -> "E
 
     if not data_name:
         return build_from_files(model, where, **options)
-    view = {"image_size": model.image_size or 0, "test_resize": model.test_resize or 0}
-    data = load_data(data_name, where, skip_unreadable=options.pop("skip_unreadable"), **view)
+    data = load_data(data_name, where, skip_unreadable=options.pop("skip_unreadable"),
+                     image_size=model.image_size or 0, test_resize=model.test_resize or 0)
     return build_database(model, data, np.ones(len(data.table), bool), **options)
 
 # %% ../../nbs/study/shelf.ipynb #72ce3cee
@@ -46,7 +46,7 @@ def _threshold(database: "EmbeddingDatabase", model: "EmbeddingModel") -> str:
 
     from asyproxy.retrieval.strangers import calibrate_by_class, fewest, unseen_labels
 
-    unseen = unseen_labels(database, model.class_names) if model.class_names else []
+    unseen = unseen_labels(database, model.class_names) if model.class_names else np.zeros(0, np.int64)
     images = int(np.isin(database.labels, unseen).sum())
     if images < fewest(RATE) or len(set(database.labels.tolist())) < 2:
         return ("no threshold for \"nothing like it\": it takes images of classes that the model was not trained on, "

@@ -16,9 +16,10 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -34,10 +35,10 @@ def in_minutes(
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", str(text).strip())
     if not found:
         raise ValueError(f"expected a time such as 90 (minutes), 12:00:00 or 2-00 (days-hours), got {text!r}")
-    days, first, second, third = (part and int(part) for part in found.groups())
+    days, first, second, third = (int(part) if part else None for part in found.groups())
     if days is None and third is None:  # minutes[:seconds]
         first, second, third = 0, first, second
-    seconds = ((days or 0) * 24 + first) * 3600 + (second or 0) * 60 + (third or 0)
+    seconds = ((days or 0) * 24 + (first or 0)) * 3600 + (second or 0) * 60 + (third or 0)
     if seconds < 300:
         raise ValueError("expected a time of at least 5 minutes, in which a run starts and ends an epoch, "
                          f"got {text!r}")
@@ -49,7 +50,7 @@ _OURS = ("array", "signal", "requeue", "no_requeue", "output", "error", "open_mo
 
 
 def sbatch_options(
-    texts: list[str],  # such as mem=32G, or exclusive
+    texts: Iterable[str],  # such as mem=32G, or exclusive
 ) -> dict[str, str | bool]:  # as submitit has them
     "Other options of sbatch. Raises ValueError."
     options = {}
@@ -180,7 +181,9 @@ class _Watched:
         word: Path,  # the file that it leaves
     ):
         self.job, self._queue, self._word, self._seen = job, queue, word, queue.number
-        self._code, self._reason, self._gone = None, "", None
+        self._code: int | None = None
+        self._reason = ""
+        self._gone: float | None = None  # when it was missed first
         self._waits = queue.jobs.get(job, ("PENDING",))[0] in _WAIT
 
     def _judged(self) -> tuple[int | None, str]:
@@ -193,8 +196,10 @@ class _Watched:
             return self._alive(state, why)
         if state == "GONE" and not word:
             state = _in_accounts(self.job)
-        if word or state in _ENDS:
-            return (1, _ENDS[state]) if state in _ENDS else (word["code"], word["reason"])
+        if state in _ENDS:
+            return 1, _ENDS[state]
+        if word:
+            return word["code"], word["reason"]
         if state == "GONE" and self._waits and not _logs(self.job, self._word.parent):
             return 1, "cancelled before it started"
         self._gone = self._gone or time.monotonic()
@@ -311,8 +316,17 @@ def _check(folder: Path, slots: float, cpus: int, gpus: int):
     if "%" in str(folder):
         raise ValueError(f"expected a folder without %, which Slurm would replace, got {folder}")
 
+# %% ../../nbs/study/slurm.ipynb #e3b7f915
+class _Cluster:
+    "What the jobs of a batch have in common."
+    folder: Path  # on a shared disk
+    _queue: Queue
+    _handles: dict[str, Handle]  # by the names of the runs
+    _settings: dict[str, Any]  # of all jobs, as submitit has them
+    _options: dict[str, str | bool]  # of sbatch
+
 # %% ../../nbs/study/slurm.ipynb #be512686
-class _Submits:
+class _Submits(_Cluster):
     "What is submitted, and what is alive of it."
 
     def has(

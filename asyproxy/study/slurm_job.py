@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from ..children import guarded
 from ..files import write_atomically
@@ -63,7 +64,7 @@ def _wait(process: subprocess.Popen):
 # %% ../../nbs/study/slurm_job.ipynb #96e3b12f
 def _started(command: list[str], where: Path, said: Path) -> subprocess.Popen:
     "A process that runs a command in a folder, and writes what it says to the end of a file."
-    streams = {"stdin": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
+    streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
     with open(said, "ab") as file:
         return subprocess.Popen(guarded(command), cwd=where, env=_surroundings(), stdout=file, **streams)
 

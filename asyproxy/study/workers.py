@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from typing import Any
 
 from ..children import ended_by, guarded
 
@@ -46,7 +47,7 @@ class Worker:
     ):
         self.gpu, self._said = gpu, tempfile.TemporaryFile()
         environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
-        streams = {"stdin": subprocess.PIPE, "stdout": self._said, "stderr": subprocess.STDOUT}
+        streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": self._said, "stderr": subprocess.STDOUT}
         self._process = subprocess.Popen(guarded(command), env=environment, start_new_session=True, **streams)
 
     def poll(self) -> int | None:

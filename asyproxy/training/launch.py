@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections import deque
+from typing import Any
 
 from ..children import guarded
 
@@ -58,11 +59,12 @@ def _print_lines(process: subprocess.Popen) -> deque[str]:
     "Prints what a process writes, and gives the last lines of it. Ends the process if it is interrupted."
     lines = deque(maxlen=400)
     try:
-        for line in process.stdout:
+        for line in process.stdout or ():
             lines.append(line.rstrip())
             print(line, end="", flush=True)
     except BaseException:
-        process.stdin.close()
+        if process.stdin:
+            process.stdin.close()
         raise
     return lines
 
@@ -76,7 +78,7 @@ def launch(
 
     Raises RuntimeError with the error of the first that fails."""
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // devices))} | os.environ
-    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     command = guarded([*_torchrun(devices), module, *arguments])
     with subprocess.Popen(command, env=environment, text=True, errors="replace", **streams) as process:
         lines = _print_lines(process)

@@ -11,6 +11,7 @@ import io
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from ..files import write_atomically
 from ..text import leaves
@@ -47,7 +48,8 @@ class EpochLog:
         self,
         folder: str | Path | None,  # of a run; None: nothing is written
     ):
-        self.folder, self._writer, self._begun = folder and Path(folder), None, time.perf_counter()
+        self.folder, self._begun = folder and Path(folder), time.perf_counter()
+        self._writer: Any = None  # of TensorBoard
 
     def write(
         self,

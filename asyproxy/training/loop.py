@@ -113,7 +113,7 @@ def _too_large(step, optimizer, pixels, labels, count: int) -> str:
 
 # %% ../../nbs/training/loop.ipynb #9ea39126
 def _pass(
-    step: nn.Module, state: TrainingState, batches: Iterator, advance: Callable[[], None],
+    step: nn.Module, state: TrainingState, batches: Iterator, advance: Callable[[], object],
 ) -> tuple[float, int, torch.Tensor, torch.Tensor]:
     "One pass of this process: sum of the losses, images of all, second moments (D, D) and ordered pairs (2,)."
     total, seen, moments, order, exhausted = 0.0, 0, 0.0, 0.0, False

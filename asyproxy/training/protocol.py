@@ -305,7 +305,7 @@ def _selected(experiment: Experiment, folder: Path, data: ImageData, device: tor
     database = build_database(model, data, test_rows(data.table)[1], folder=folder / "database",
                               model_path=folder / "best.safetensors", num_workers=experiment.num_workers)
     _calibrate(experiment, model, data, database)
-    searched = _searched(database, data)
+    searched: tuple[torch.Tensor, ...] = _searched(database, data)
     if gallery:
         embeddings, indices = embed(model, queries, num_workers=experiment.num_workers)
         searched = embeddings, torch.as_tensor(queries.classes)[indices], *searched
