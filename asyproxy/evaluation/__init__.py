@@ -6,6 +6,8 @@
 __all__ = ['check_answers', 'clustering_nmi', 'compile_loops', 'retrieval_metrics', 'retrieval_per_query']
 
 # %% ../../nbs/evaluation/index.ipynb #dab48f17
-from .retrieval import check_answers, clustering_nmi, compile_loops, retrieval_metrics, retrieval_per_query
+from asyproxy.evaluation.retrieval import (
+    check_answers, clustering_nmi, compile_loops, retrieval_metrics, retrieval_per_query,
+)
 
 _all_ = ["check_answers", "clustering_nmi", "compile_loops", "retrieval_metrics", "retrieval_per_query"]

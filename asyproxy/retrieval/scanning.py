@@ -120,7 +120,7 @@ def _nearer(x, place, half, y, beside):
 
 @compiled()
 def _next_near(x, at, half, rows, y, beside, width, limit):
-    "The first row at which, or up to three after it, it or its companion in the other half is not beyond the limit, or `rows`."
+    "The first row that is not beyond the limit or whose companion isn't, or up to three rows before it; or `rows`."
     row = 0
     if width == 8:
         while row + 4 <= rows:
