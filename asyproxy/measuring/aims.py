@@ -9,9 +9,10 @@ __all__ = ['Rows', 'AIMS', 'judge']
 from collections.abc import Callable
 from statistics import mean
 
+# %% ../../nbs/measuring/aims.ipynb #952e3ba7
 Rows = list[dict]  # of a section
 
-# %% ../../nbs/measuring/aims.ipynb #952e3ba7
+
 class _Failed(Exception):
     "A measurement that was tried."
 
@@ -28,7 +29,7 @@ def _row(rows: Rows, what: str, **known) -> dict:
         raise _Failed(found.get("error") or f"needs {found['needs']}")
     return found
 
-
+# %% ../../nbs/measuring/aims.ipynb #a89c9cbc
 def _judged(look: Callable[[Rows], tuple[str, bool]], rows: Rows, card: bool, device: str) -> tuple[str, str]:
     "What was measured, and whether it is enough; card: it says nothing about another device."
     if card and device == "cpu":
@@ -57,7 +58,7 @@ def _waits(rows: Rows) -> tuple[str, bool]:
     places = ", ".join(f"{place} ({count})" for place, count in found["places"].items())
     return f"{found['waits']}: {places}", found["waits"] <= 1
 
-
+# %% ../../nbs/measuring/aims.ipynb #38d189c1
 def _faster(rows: Rows) -> tuple[str, bool]:
     earlier = _row(rows, "earlier")["images_per_second"]
     rates = {row["what"]: row["images_per_second"] for row in rows if "images_per_second" in row}

@@ -52,7 +52,7 @@ def write_photographs(
         rows.append({"image": name, "label": number % 4, "class_name": f"class {number % 4}", "split": split})
     return ImageData("photographs", pd.DataFrame(rows), ImageFiles(folder), image_size=image_size)
 
-
+# %% ../../nbs/measuring/feeding.ipynb #dedc33f7
 def bits_per_pixel(
     data: ImageData,  # of `write_photographs`
 ) -> float:
@@ -98,7 +98,7 @@ def loader_rate(
     read = _read(data, num_workers, batch_size, skipped + number, where)
     return {"images_per_second": _rate(read, skipped, batch_size, where)}
 
-
+# %% ../../nbs/measuring/feeding.ipynb #edcc5748
 def fed_rate(
     how: str,  # as for `training_rate`
     data: ImageData,  # of `write_photographs`

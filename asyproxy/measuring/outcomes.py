@@ -121,6 +121,17 @@ def _epoch(backbone_type: str, images: Dataset, batch_size: int, device: torch.d
     criterion = build_loss("moving", 2, 64, temperature=0.1, momentum=0.5).to(device)
     train(model, criterion, images, num_epochs=1, batch_size=batch_size, progress=False)
 
+# %% ../../nbs/measuring/outcomes.ipynb #d0f06366
+def _refused_and_trained(backbone_type: str, images: Dataset, device: torch.device) -> dict:
+    try:
+        _epoch(backbone_type, images, len(images), device)
+        return {"message": "", "fits": len(images)}
+    except MemoryError as error:
+        message = str(error)
+    fits = int(message.partition("batch_size ")[2].split()[0])
+    _epoch(backbone_type, images, fits, device)
+    return {"message": message, "fits": fits}
+
 # %% ../../nbs/measuring/outcomes.ipynb #85208ea2
 def too_large(
     backbone_type: str,  # one of BACKBONES, with random weights
@@ -139,14 +150,3 @@ def too_large(
         return _refused_and_trained(backbone_type, _Noise(batch_size, image_size), where)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, where)
-
-
-def _refused_and_trained(backbone_type: str, images: Dataset, device: torch.device) -> dict:
-    try:
-        _epoch(backbone_type, images, len(images), device)
-        return {"message": "", "fits": len(images)}
-    except MemoryError as error:
-        message = str(error)
-    fits = int(message.partition("batch_size ")[2].split()[0])
-    _epoch(backbone_type, images, fits, device)
-    return {"message": message, "fits": fits}

@@ -53,6 +53,16 @@ def step_operations(
         model(images).sum().backward()
     return counter.get_total_flops() / 2
 
+# %% ../../nbs/measuring/roofline.ipynb #cd59aaca
+def _places(caught: list[warnings.WarningMessage]) -> dict[str, int]:
+    "Where the warnings of waits come from, as a path below the folder of the package."
+    places = Counter()
+    for warning in caught:
+        if "synchroniz" in str(warning.message):
+            path = Path(warning.filename)
+            places["/".join(path.parts[-2:]) + f":{warning.lineno}"] += 1
+    return dict(places)
+
 # %% ../../nbs/measuring/roofline.ipynb #eb87ef8f
 def host_waits(
     call: Callable[[], object],  # that has been called before
@@ -69,16 +79,6 @@ def host_waits(
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return _places(caught)
-
-
-def _places(caught: list[warnings.WarningMessage]) -> dict[str, int]:
-    "Where the warnings of waits come from, as a path below the folder of the package."
-    places = Counter()
-    for warning in caught:
-        if "synchroniz" in str(warning.message):
-            path = Path(warning.filename)
-            places["/".join(path.parts[-2:]) + f":{warning.lineno}"] += 1
-    return dict(places)
 
 # %% ../../nbs/measuring/roofline.ipynb #7bede983
 def let_go():

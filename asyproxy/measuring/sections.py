@@ -72,7 +72,7 @@ def attempt(
     let_go()
     return [{"what": what, **row} for row in rows]
 
-
+# %% ../../nbs/measuring/sections.ipynb #d0391d22
 def on_a_gpu(
     device: str,  # cpu or cuda
     what: str,  # as for `attempt`
