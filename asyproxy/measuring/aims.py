@@ -40,7 +40,7 @@ def _judged(look: Callable[[Rows], tuple[str, bool]], rows: Rows, card: bool, de
         return "", "not measured"
     except (_Failed, TypeError) as error:  # TypeError: NaN, which JSON has as a text
         said = str(error)
-        return said, said if said == "needs a GPU" else "not met"
+        return said, {"needs a GPU": said}.get(said, "not measured" if said.startswith("needs ") else "not met")
     return measured, "met" if enough else "not met"
 
 # %% ../../nbs/measuring/aims.ipynb #17d2a412
@@ -55,8 +55,8 @@ def _parity(rows: Rows) -> tuple[str, bool]:
 
 def _waits(rows: Rows) -> tuple[str, bool]:
     found = _row(rows, "host waits")
-    places = ", ".join(f"{place} ({count})" for place, count in found["places"].items())
-    return f"{found['waits']}: {places}", found["waits"] <= 1
+    places = ", ".join(f"{place} ({count:g})" for place, count in found["places"].items())
+    return f"{found['waits']:g}: {places}", found["waits"] <= 1
 
 # %% ../../nbs/measuring/aims.ipynb #38d189c1
 def _faster(rows: Rows) -> tuple[str, bool]:

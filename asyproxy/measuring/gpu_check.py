@@ -50,7 +50,7 @@ def _check(settings: Settings):
         if getattr(settings, name) not in known:
             raise ValueError(f"expected {name} to be one of {', '.join(known)}, got {getattr(settings, name)!r}")
     if unknown := set(settings.sections.split(",")) - {"all", *SECTIONS}:
-        raise ValueError(f"expected sections to be some of all, {', '.join(SECTIONS)}, got {', '.join(unknown)}")
+        raise ValueError(f"expected sections to be some of all, {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}")
     if not 0 < settings.minutes < float("inf"):
         raise ValueError(f"expected minutes > 0 that are finite, got {settings.minutes}")
 
@@ -126,7 +126,7 @@ def machine_of(
     return found
 
 # %% ../../nbs/measuring/gpu_check.ipynb #d3358b7a
-WEIGHTS = {"parity": 1.0, "rates": 3.0, "feeding": 1.0, "evaluation": 1.5, "proxies": 1.0, "precision": 3.0,
+WEIGHTS = {"parity": 1.0, "rates": 4.0, "feeding": 1.0, "evaluation": 1.5, "proxies": 1.0, "precision": 3.0,
            "endings": 1.0}
 
 

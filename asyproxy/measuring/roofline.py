@@ -58,7 +58,7 @@ def _places(caught: list[warnings.WarningMessage]) -> dict[str, int]:
     "Where the warnings of waits come from, as a path below the folder of the package."
     places = Counter()
     for warning in caught:
-        if "synchroniz" in str(warning.message):
+        if "called a synchronizing" in str(warning.message):  # and not the one that says what isn't detected
             path = Path(warning.filename)
             places["/".join(path.parts[-2:]) + f":{warning.lineno}"] += 1
     return dict(places)
@@ -82,7 +82,8 @@ def host_waits(
 
 # %% ../../nbs/measuring/roofline.ipynb #7bede983
 def let_go():
-    "Frees what nothing refers to, on the GPU too."
+    "Frees what nothing refers to, on the GPU too, and what torch.compile has kept."
+    torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

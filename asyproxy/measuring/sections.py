@@ -10,7 +10,7 @@ __all__ = ['SIZES', 'ON_ANY', 'ON_A_GPU', 'SECTIONS', 'Sizes', 'attempt', 'on_a_
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from .outcomes import killed_and_resumed, outcome, too_large, twice
 from .parity import evaluation_parity, loss_parity, model_parity
 from .retrieval import Task, retrieve, write_embeddings
 from .roofline import copy_rate, host_waits, let_go, matrix_rate, step_operations
-from .training import proxy_step, training_call, training_rate
+from .training import loop_call, proxy_step, training_rate
 from ..training import be_deterministic
 
 # %% ../../nbs/measuring/sections.ipynb #d819e57c
@@ -36,14 +36,14 @@ class Sizes:
     batch_size: int = 128  # images
     steps: int = 10  # of which the median counts
     matrix: int = 8192  # rows of the product that gives the device's rate
-    photographs: int = 512  # JPEG files
+    photographs: int = 128  # JPEG files
     workers: tuple[int, ...] = (1, 2, 4, 8, 16, 32)  # processes that read them, as far as there are cores
     batches: int = 4  # that each worker gives, and count
     images: int = 60502  # of the evaluation, those of SOP
     image_classes: int = 11316  # of the evaluation
     classes: tuple[int, ...] = (11318, 1_000_000, 10_000_000)  # of the proxies
     trained: tuple[str, str, str] = ("glyphs", "lite0", "pretrained")  # data, backbone and weights of whole trainings
-    num_epochs: int = 4  # of these
+    num_epochs: int = 2  # of these
     seeds: int = 3  # of each precision
     too_large: tuple[int, float] = (2048, 8.0)  # images, gigabytes
 
@@ -51,7 +51,7 @@ class Sizes:
 SIZES = {"card": Sizes(), "small": Sizes(
     parity=(32, 2, 100), backbone_type="convnet", image_size=16, batch_size=4, steps=1, matrix=256, photographs=8,
     workers=(1,), batches=2, images=300, image_classes=60, classes=(50,), trained=("digits", "convnet", "random"),
-    num_epochs=2, seeds=1, too_large=(64, 0.5))}
+    seeds=1, too_large=(64, 0.5))}
 
 # %% ../../nbs/measuring/sections.ipynb #18fb2f2c
 def attempt(
@@ -111,10 +111,10 @@ def _rate(how: str, operations: float, at_best: dict[str, float], sizes: Sizes, 
     return {**found, "operations_per_second": found["images_per_second"] * operations, "roofline_share": share}
 
 
-def _waits(how: str, sizes: Sizes, device: str) -> dict:
-    call = training_call(how, sizes.backbone_type, sizes.image_size, sizes.batch_size, torch.device(device))
-    call(), call()
-    places = host_waits(call)
+def _waits(how: str, sizes: Sizes, device: str, steps: int = 3) -> dict:
+    call = loop_call(how, sizes.backbone_type, sizes.image_size, sizes.batch_size, torch.device(device), steps)
+    call()
+    places = {place: count / steps for place, count in host_waits(call).items()}
     return {"waits": sum(places.values()), "places": places}
 
 # %% ../../nbs/measuring/sections.ipynb #336aadd8
@@ -225,7 +225,8 @@ def endings(
     be_deterministic()
     for number, (what, call) in enumerate({"killed and resumed": killed_and_resumed, "twice": twice}.items()):
         with tempfile.TemporaryDirectory() as folder:
-            yield from attempt(what, call, _experiment(sizes, device, seed=number), Path(folder))
+            asked = replace(_experiment(sizes, device, seed=number), weights="random")
+            yield from attempt(what, call, asked, Path(folder))
     count, gigabytes = sizes.too_large
     yield from on_a_gpu(device, "too large", too_large, sizes.backbone_type, sizes.image_size, count, gigabytes, device)
 
