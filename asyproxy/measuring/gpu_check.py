@@ -49,8 +49,9 @@ def _check(settings: Settings):
     for name, known in {"device": ("auto", "cpu", "cuda"), "size": ("auto", *SIZES)}.items():
         if getattr(settings, name) not in known:
             raise ValueError(f"expected {name} to be one of {', '.join(known)}, got {getattr(settings, name)!r}")
-    if unknown := set(settings.sections.split(",")) - {"all", *SECTIONS}:
-        raise ValueError(f"expected sections to be some of all, {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}")
+    known = ("all", *SECTIONS)
+    if unknown := [name for name in settings.sections.split(",") if name not in known]:
+        raise ValueError(f"expected sections to be some of {', '.join(known)}, got {', '.join(unknown)}")
     if not 0 < settings.minutes < float("inf"):
         raise ValueError(f"expected minutes > 0 that are finite, got {settings.minutes}")
 
