@@ -65,7 +65,7 @@ def attempt(
         found = call(*arguments, **options)
         rows = found if isinstance(found, list) else [found]
     except ModuleNotFoundError as error:
-        rows = [{"needs": f"the package {error.name}"}]
+        rows = [{"needs": f"the package {str(error.name).partition('.')[0]}"}]
     except Exception as error:  # whatever a driver or a kernel raises
         said = (str(error).strip() or "it said nothing").splitlines()[0]
         rows = [{"error": f"{type(error).__name__}: {said}"}]
