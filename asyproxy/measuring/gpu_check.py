@@ -33,7 +33,7 @@ class Settings:
     device: str = "auto"  # auto, cpu, cuda
     size: str = "auto"  # auto: card on a GPU, small on a CPU; card, small
     sections: str = "all"  # or some of SECTIONS, separated by commas
-    minutes: float = 8.0  # after which no section goes on; > 0, finite
+    minutes: float = 7.5  # after which no section goes on; > 0, finite
 
     def __post_init__(self):
         _check(self)
@@ -127,7 +127,7 @@ def machine_of(
     return found
 
 # %% ../../nbs/measuring/gpu_check.ipynb #d3358b7a
-WEIGHTS = {"parity": 1.0, "rates": 4.0, "feeding": 1.0, "evaluation": 1.5, "proxies": 1.0, "precision": 3.0,
+WEIGHTS = {"parity": 2.0, "rates": 4.0, "feeding": 1.0, "evaluation": 1.5, "proxies": 1.0, "precision": 3.0,
            "endings": 1.0}
 
 

@@ -94,9 +94,9 @@ def parity(
     side, batch, images = sizes.parity
     for loss in ("moving", "gradient", "row_wise", "learnable"):
         yield from attempt(f"loss {loss}", loss_parity, loss, device)
-    yield from attempt("evaluation", evaluation_parity, device, images)
     for name in sizes.backbones:
         yield from attempt(f"model {name}", model_parity, name, device, side, batch)
+    yield from attempt("evaluation", evaluation_parity, device, images)
 
 # %% ../../nbs/measuring/sections.ipynb #12bb39de
 ON_ANY = ("earlier", "fp32", "bf16 contiguous", "bf16")
@@ -123,8 +123,10 @@ def rates(
     device: str,  # cpu or cuda
 ) -> Iterator[dict]:  # rows
     "How fast is it trained, beside what the device can do?"
-    at_best, operations = {}, step_operations(sizes.backbone_type, sizes.image_size)
-    yield {"what": "one image", "operations": operations}
+    at_best, given = {}, (sizes.backbone_type, sizes.image_size)
+    counted, = attempt("one image", lambda: {"operations": step_operations(*given)})
+    yield counted
+    operations = counted.get("operations", float("nan"))
     for precision in ("fp32", "tf32", "bf16"):
         allowed = attempt if precision != "tf32" else lambda *given: on_a_gpu(device, *given)
         for row in allowed(f"products in {precision}",

@@ -142,7 +142,7 @@ class GpuCheck(Checked):
         "all", "to measure", listed=str,
         choices=("all", "parity", "rates", "feeding", "evaluation", "proxies", "precision", "endings"))
     minutes: float = parameter(
-        8.0, "after which no section goes on", within="(0, inf)", identity=False, result=False)
+        7.5, "after which no section goes on", within="(0, inf)", identity=False, result=False)
 
 # %% ../../nbs/study/parameters.ipynb #4f4a7550
 @dataclass(frozen=True)
