@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -56,10 +57,10 @@ def _check(settings: Settings):
         raise ValueError(f"expected minutes > 0 that are finite, got {settings.minutes}")
 
 # %% ../../nbs/measuring/gpu_check.ipynb #20b4d711
-def _hand_on(rows: Callable[..., Iterator[dict]], arguments: tuple, end: Connection):
-    "In the copy: sends each row, and then why it ended, if by an error."
+def _hand_on(rows: Callable[..., Iterator[dict]], arguments: tuple, end: Connection, folder: str):
+    "In the copy: sends each row, and then why it ended, if by an error; folder: for what it writes."
     follow_parent()
-    error = ""
+    tempfile.tempdir, error = folder, ""
     try:
         for row in rows(*arguments):
             end.send(json.loads(json.dumps(row), parse_constant=str))  # JSON has no NaN
@@ -68,12 +69,16 @@ def _hand_on(rows: Callable[..., Iterator[dict]], arguments: tuple, end: Connect
     end.send(error)
 
 
-def _outcome(row: object, process: multiprocessing.Process, seconds: float) -> str:
-    "Why the rows of a process have come to an end; row: None where it was too slow."
-    if row is None:
-        return f"stopped after {seconds:.0f} s"
-    process.join()
-    return f"its process ended with {ended_by(process.exitcode) or f'code {process.exitcode}'}"
+def _received(here: Connection, process: multiprocessing.Process, seconds: float) -> Iterator[dict | str]:
+    "Rows, and in the end why there are no more."
+    end = time.monotonic() + seconds
+    while here.poll(max(0.0, end - time.monotonic())):
+        try:
+            yield here.recv()
+        except EOFError:
+            process.join()
+            yield f"its process ended with {ended_by(process.exitcode) or f'code {process.exitcode}'}"
+    yield f"stopped after {seconds:.0f} s"
 
 # %% ../../nbs/measuring/gpu_check.ipynb #557a901c
 def apart(
@@ -83,23 +88,19 @@ def apart(
 ):  # yields rows, returns an error or ""
     "A section in a copy of this process."
     here, there = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_hand_on, args=(rows, arguments, there))
-    process.start()
-    there.close()
-    end = time.monotonic() + seconds
-    try:
-        while here.poll(max(0.0, end - time.monotonic())):
-            try:
-                row = here.recv()
-            except EOFError:
-                return _outcome(..., process, seconds)
-            if isinstance(row, str):
-                return row
-            yield row
-        return _outcome(None, process, seconds)
-    finally:
-        process.kill()
-        process.join()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        given = rows, arguments, there, folder
+        process = multiprocessing.get_context("fork").Process(target=_hand_on, args=given)
+        process.start()
+        there.close()
+        try:
+            for row in _received(here, process, seconds):
+                if isinstance(row, str):
+                    return row
+                yield row
+        finally:
+            process.kill()
+            process.join()
 
 # %% ../../nbs/measuring/gpu_check.ipynb #5445f78e
 def _machine(device: str) -> Iterator[dict]:
