@@ -418,6 +418,38 @@ def test_benchmark_and_report(tmp_path):
     assert '"asymptotic"' not in results
 
 
+WITHOUT_NOTEBOOKS = """
+import runpy, sys
+
+sys.modules |= dict.fromkeys(sys.argv[1].split(","))  # whoever imports one of them is told that there is none
+sys.argv[:2] = ["gpu_check"]
+runpy.run_module("asyproxy.measuring.gpu_check", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_gpu_check_needs_no_notebook(tmp_path):
+    "As on a machine that is lent: every section runs to its end at its smallest size, and says what needs a GPU."
+    hidden = ("papermill", "nbformat", "nbclient", "nbconvert", "ipykernel", "IPython", "jupyter_client", "simplejpeg",
+              "pretrainedmodels", "submitit", "optuna", "seaborn", "scienceplots", "tabulate", "yaml")
+    path = tmp_path / "check.json"
+    call(sys.executable, "-c", WITHOUT_NOTEBOOKS, ",".join(hidden), path, "--size", "small", "--device", "cpu")
+    check = json.loads(path.read_text())
+    sections = check["sections"]
+    assert list(sections) == ["parity", "rates", "feeding", "evaluation", "proxies", "precision", "endings"]
+    rows = [row for section in sections.values() for row in section["rows"]]
+    assert not [row for row in rows if "error" in row] and not [one for one in sections.values() if one["error"]]
+    assert [row["what"] for row in rows if row.get("needs", "a GPU") != "a GPU"] == ["model inception"]
+    assert {row["what"] for row in rows if row.get("needs") == "a GPU"} == {
+        "products in tf32", "host waits", "tf32", "bf16 graphs", "bf16 compiled", "bf16 compiled graphs",
+        "decoding on the card", "too large"}
+    assert {row["met"] for row in check["aims"]} == {"met", "needs a GPU"}
+    assert sum(section["seconds"] for section in sections.values()) < 60
+    record = run_study("gpu_check", tmp_path, sections="proxies,endings")
+    assert check.keys() - {"study", "parameters"} <= record.keys()
+    assert {name: [row["what"] for row in one["rows"]] for name, one in record["sections"].items()} == {
+        name: [row["what"] for row in sections[name]["rows"]] for name in ("proxies", "endings")}
+
+
 def out_of_step(path: Path, run_id: str, output: Path) -> list[str]:
     "What is wrong with the outputs that a study shows of its default run; output: where its record was drawn."
     shown = {cell.id: cell.outputs for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"}

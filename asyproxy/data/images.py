@@ -13,8 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageCms, UnidentifiedImageError
-from simplejpeg import decode_jpeg
 from torchvision.transforms import RandomResizedCrop
+
+try:
+    from simplejpeg import decode_jpeg
+except ImportError:  # on a machine that was lent, say
+    decode_jpeg = None
 
 # %% ../../nbs/data/images.ipynb #9517a619
 _TURNS = {
@@ -74,7 +78,7 @@ def _reduction(height: int, width: int, shortest: int) -> int:
 # %% ../../nbs/data/images.ipynb #221544c1
 def _jpeg(image: Image.Image) -> torch.Tensor | None:
     "The pixels of a JPEG (3, H, W); None where anything is unusual, so that Pillow alone decides what can be read."
-    if image.mode != "RGB":
+    if decode_jpeg is None or image.mode != "RGB":
         return None
     image.fp.seek(0)
     try:

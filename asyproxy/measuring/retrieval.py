@@ -115,13 +115,24 @@ def _faiss(queries: Side, gallery: Side | None, task: Task) -> dict[str, float]:
     return _recalls(nearest if gallery else _without_query(nearest), queries, searched, task)
 
 # %% ../../nbs/measuring/retrieval.ipynb #5ea93e70
-def _whole_matrix(queries: Side, gallery: Side | None, task: Task) -> dict[str, float]:
-    searched = gallery or queries
-    similarities = torch.from_numpy(queries.embeddings) @ torch.from_numpy(searched.embeddings).T
-    if gallery is None:
-        similarities.fill_diagonal_(-torch.inf)
-    nearest = similarities.topk(max(task.recalls), dim=1).indices.numpy()
-    return _recalls(nearest, queries, searched, task)
+def _vectors(side: Side, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    "Embeddings, or signs of them, and labels on the same device."
+    embeddings = torch.as_tensor(side.embeddings)
+    labels = torch.as_tensor(side.labels).to(embeddings.device)
+    return (embeddings > 0).to(embeddings.dtype) * 2 - 1 if bits else embeddings, labels
+
+
+def _by_topk(block: int | None, queries: Side, gallery: Side | None, task: Task) -> dict[str, float]:
+    "So many queries at a time; None: all."
+    (rows, labels), (columns, searched) = _vectors(queries, task.bits), _vectors(gallery or queries, task.bits)
+    found = torch.zeros(len(task.recalls), dtype=torch.int64, device=rows.device)
+    for part in torch.arange(len(rows), device=rows.device).split(block or len(rows)):
+        similarities = rows[part] @ columns.T
+        if gallery is None:
+            similarities.scatter_(1, part[:, None], -torch.inf)
+        hits = searched[similarities.topk(max(task.recalls), dim=1).indices] == labels[part, None]
+        found += torch.stack([hits[:, :k].any(1).sum() for k in task.recalls])
+    return {f"recall@{k}": count / len(rows) for k, count in zip(task.recalls, found.tolist())}
 
 # %% ../../nbs/measuring/retrieval.ipynb #b1cead2e
 _PML_NAMES = {"recall@1": "precision_at_1", "map@r": "mean_average_precision_at_r", "r_precision": "r_precision"}
@@ -182,7 +193,8 @@ def _open_metric_learning(queries: Side, gallery: Side | None, task: Task) -> di
 # %% ../../nbs/measuring/retrieval.ipynb #1bc14a09
 METHODS: dict[str, Callable[[Side, Side | None, Task], dict[str, float]]] = {
     "asyproxy": _asyproxy, "FAISS": _faiss, "pytorch-metric-learning": _pytorch_metric_learning,
-    "open-metric-learning": _open_metric_learning, "whole matrix": _whole_matrix}
+    "open-metric-learning": _open_metric_learning, "whole matrix": partial(_by_topk, None),
+    "top-K in blocks": partial(_by_topk, 1024)}
 _MODULES = {"FAISS": "faiss", "pytorch-metric-learning": "pytorch_metric_learning", "open-metric-learning": "oml"}
 
 # %% ../../nbs/measuring/retrieval.ipynb #44921e71
@@ -203,10 +215,13 @@ def _few(side: Side) -> Side:
     return Side(side.embeddings[:1000], side.labels[:1000])
 
 
-def _touch(side: Side) -> None:
-    "What is mapped is in memory before that is counted."
+def _placed(side: Side, device: torch.device) -> Side:
+    "On a GPU, or where it is; what is mapped is in memory before that is counted."
+    if device.type != "cpu":
+        return side._replace(embeddings=torch.from_numpy(np.array(side.embeddings)).to(device))
     for start in range(0, len(side.embeddings), 8192):
         side.embeddings[start : start + 8192].sum()
+    return side
 
 # %% ../../nbs/measuring/retrieval.ipynb #b76a46f1
 def retrieve(
@@ -215,19 +230,20 @@ def retrieve(
     queries: int,  # the first rows; the others are the gallery; all: they search themselves
     repeats: int,  # calls
     task: dict,  # of Task
+    device: str = "cpu",  # cuda: for asyproxy and the methods of torch, on which the embeddings are then
 ) -> dict:  # seconds (median), memory_mb, metrics
     "What `measure_retrieval` does in its process."
-    sides, asked = _load(folder, method, queries, task["bits"]), Task(**task)
+    where, asked = torch.device(device), Task(**task)
+    asking, gallery = _load(folder, method, queries, asked.bits)
+    sides = _placed(asking, where), gallery and _placed(gallery, where)
     few = _few(sides[0]), sides[1] and _few(sides[1])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         METHODS[method](*few, asked._replace(recalls=(1,)))
-        for side in filter(None, sides):
-            _touch(side)
-        before = resident_memory()
-        reset_peak_memory()
-        timing = time_calls(partial(METHODS[method], *sides, asked), repeats)
-    return {"seconds": timing.median, "memory_mb": (peak_memory() - before) / 1e6, "metrics": timing.result}
+        before = resident_memory(where)
+        reset_peak_memory(where)
+        timing = time_calls(partial(METHODS[method], *sides, asked), repeats, device=where)
+    return {"seconds": timing.median, "memory_mb": (peak_memory(where) - before) / 1e6, "metrics": timing.result}
 
 # %% ../../nbs/measuring/retrieval.ipynb #b42e8b1f
 def measure_retrieval(

@@ -44,7 +44,8 @@ def _googlenet() -> nn.Module:
 
 # %% ../../nbs/model/backbones.ipynb #fa9c87aa
 def _inception() -> nn.Module:
-    from pretrainedmodels.models.bninception import BNInception
+    with torch.random.fork_rng(devices=[]):  # the first import draws from the generator
+        from pretrainedmodels.models.bninception import BNInception
 
     net = BNInception(num_classes=1000)
     net.global_pool, net.last_linear = GlobalMaxPool(), nn.Identity()

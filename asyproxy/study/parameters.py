@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STUDIES', 'Toy', 'Evaluate', 'Retrieval', 'Geometry', 'InputPipeline', 'EvaluationSpeed', 'SearchSpeed',
-           'TrainingSpeed', 'Report', 'described']
+           'TrainingSpeed', 'GpuCheck', 'Report', 'described']
 
 # %% ../../nbs/study/parameters.ipynb #43abfc57
 from collections.abc import Iterable
@@ -134,6 +134,18 @@ class TrainingSpeed(Checked):
     seeds: int = parameter(1, "runs of each precision, with the seeds 0, 1, ...", within="[1, inf)")
     device: str = same(Experiment, "device")
 
+# %% ../../nbs/study/parameters.ipynb #f8410e78
+@dataclass(frozen=True)
+class GpuCheck(Checked):
+    "Whether everything is right on a GPU, and as fast as it should be."
+    device: str = parameter("auto", "auto: a GPU, if there is one", choices=("auto", "cpu", "cuda"), result=False)
+    size: str = parameter("auto", "auto: card on a GPU, else small", choices=("auto", "card", "small"), small="small")
+    sections: str = parameter(
+        "all", "to measure", listed=str,
+        choices=("all", "parity", "rates", "feeding", "evaluation", "proxies", "precision", "endings"))
+    minutes: float = parameter(
+        7.5, "after which no section goes on", within="(0, inf)", identity=False, result=False)
+
 # %% ../../nbs/study/parameters.ipynb #4f4a7550
 @dataclass(frozen=True)
 class Report(Checked):
@@ -143,7 +155,7 @@ class Report(Checked):
 STUDIES = {
     "toy": Toy, "benchmark": Experiment, "evaluate": Evaluate, "retrieval": Retrieval, "geometry": Geometry,
     "input_pipeline": InputPipeline, "evaluation_speed": EvaluationSpeed, "search_speed": SearchSpeed,
-    "training_speed": TrainingSpeed, "report": Report,
+    "training_speed": TrainingSpeed, "gpu_check": GpuCheck, "report": Report,
 }
 
 # %% ../../nbs/study/parameters.ipynb #cdc81d15
