@@ -113,11 +113,22 @@ def in_few_colours(png: str) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
+def joined(outputs: list) -> list:
+    "What was printed in one piece: where a kernel cuts it is a matter of time."
+    kept = []
+    for output in outputs:
+        if kept and output.output_type == kept[-1].output_type == "stream" and output.name == kept[-1].name:
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return kept
+
+
 def outputs_of(path: Path, root: Path) -> dict[str, list]:
     "The outputs of a notebook that ran below a folder, by cell; figures are small and paths begin at that folder."
     notebook = nbformat.read(path, 4)
     drop_noise(notebook)
-    outputs = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
+    outputs = {cell.id: joined(cell.outputs) for cell in notebook.cells if cell.cell_type == "code"}
     for output in (one for some in outputs.values() for one in some):
         if output.output_type != "stream":
             output.metadata = nbformat.NotebookNode()

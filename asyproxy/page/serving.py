@@ -138,6 +138,7 @@ def serve(
     "Serves the page until it is interrupted. Raises ValueError where Voila is missing."
     os.environ.update(prepared(arguments))
     try:
+        from tornado.ioloop import IOLoop
         from traitlets.config import Config
         from voila.app import Voila
     except ImportError as error:
@@ -148,7 +149,8 @@ def serve(
         port = free_port(port)
         app = Voila(config=Config(settings(port)))
         app.initialize([str(checkout() / "nbs" / "explore.ipynb")])
-        print(f"The page is at http://127.0.0.1:{port}/ on this machine; Ctrl+C ends it.", flush=True)
+        told = f"The page is at http://127.0.0.1:{port}/ on this machine; Ctrl+C ends it."
+        IOLoop.current().add_callback(print, told, flush=True)  # once it listens
         app.start()
 
 # %% ../../nbs/page/serving.ipynb #7825b9fc
