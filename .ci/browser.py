@@ -233,7 +233,8 @@ def evil_names(visitor: Visitor, files: dict[str, Path]):
     assert f"{EVIL}.png" in visitor.part("answer")
     visitor.find("[name=position]").send_keys(Keys.CONTROL, "a", Keys.NULL, "0", Keys.ENTER)
     visitor.until(f"image 0 of the database: 7{EVIL}")
-    assert EVIL in visitor.part("plot") and not visitor.ask("window.hacked")
+    visitor.until(EVIL, part="plot")
+    assert not visitor.ask("window.hacked")
     assert visitor.ask("document.querySelectorAll('[onerror], img[src=x]').length") == 0
 
 
