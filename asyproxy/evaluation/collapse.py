@@ -44,11 +44,10 @@ def ordered_pairs(
     "What a batch adds to the separation of an epoch; equal cosines count half."
     first, second = torch.triu_indices(len(labels), len(labels), 1, device=labels.device)
     cosines, alike = (embeddings @ embeddings.T)[first, second], labels[first] == labels[second]
-    pairs, others = cosines[alike], cosines[~alike].sort().values
-    if not len(pairs) or not len(others):
-        return torch.zeros(2, dtype=torch.float64, device=labels.device)
-    below = (torch.searchsorted(others, pairs) + torch.searchsorted(others, pairs, right=True)).double() / 2
-    return torch.stack([below.sum() / len(others), torch.tensor(len(pairs), device=labels.device).double()])
+    others = cosines.masked_fill(alike, torch.inf).sort().values  # no shape depends on values: a GPU need not wait
+    below = torch.searchsorted(others, cosines) + torch.searchsorted(others, cosines, right=True)
+    sums = torch.stack([(below * alike).sum().double() / 2 / (~alike).sum().clamp(min=1), alike.sum().double()])
+    return sums * (alike.any() & ~alike.all())
 
 # %% ../../nbs/evaluation/collapse.ipynb #0155a35c
 def geometry(

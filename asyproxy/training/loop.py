@@ -125,10 +125,10 @@ def _pass(
             exhausted = True
         if exhausted:  # not within the except: there the error keeps all tensors alive
             raise MemoryError(_too_large(step, state.optimizer, pixels, labels, count))
-        total, seen = total + loss.item() * count, seen + count
+        total, seen = total + loss.detach().double() * count, seen + count  # a GPU need not wait for it
         moments, order = moments + embeddings.T @ embeddings, order + ordered_pairs(embeddings, labels)
         advance()
-    return total, seen, moments, order
+    return float(total), seen, moments, order
 
 # %% ../../nbs/training/loop.ipynb #be4525ca
 def _over_processes(total: float, images: int, moments: torch.Tensor, order: torch.Tensor, criterion) -> dict:
