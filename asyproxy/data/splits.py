@@ -148,8 +148,9 @@ def hold_out_classes(
     classes = np.unique(data.table["label"].to_numpy()[train])
     count = round(fraction * len(classes))
     if fraction and not 2 <= count <= len(classes) - 2:
+        more = f": give {-(-200 // len(classes)) / 100:g} or more" if count < 2 and len(classes) > 3 else ""
         raise ValueError(f"expected a validation fraction that leaves at least two of the {len(classes)} training "
-                         f"classes on either side, got {fraction} ({count} of them for validation)")
+                         f"classes on either side, got {fraction} ({count} of them for validation){more}")
     held_out = np.random.default_rng(seed).permutation(classes)[:count]
     validation = train & data.table["label"].isin(held_out).to_numpy()
     return train & ~validation, validation
