@@ -250,7 +250,7 @@ def compile_loops():
     "Compiles the loops of the evaluation before somebody waits for them; without numba there is nothing to compile."
     embeddings, labels = torch.eye(4).repeat(2, 1) + 0.1, torch.arange(4).repeat(2)
     for binary in (False, True):
-        retrieval_metrics(embeddings, labels, recalls=(1,), binary=binary)
+        retrieval_metrics(embeddings, labels, recalls=(1,), binary=binary, progress=False)
 
 # %% ../../nbs/evaluation/retrieval.ipynb #13d19d22
 def clustering_nmi(
