@@ -48,12 +48,23 @@ def studies() -> list[Path]:
     return sorted((ROOT / "nbs" / "studies").glob("*.ipynb"))
 
 
+def joined(outputs: list) -> list:
+    "What was printed in one piece: where a kernel cuts it is a matter of time."
+    kept = []
+    for output in outputs:
+        if kept and output.output_type == kept[-1].output_type == "stream" and output.name == kept[-1].name:
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return kept
+
+
 def drop_noise(notebook):
     "Leaves progress bars, the warnings of libraries and widgets, which live in a kernel, out of the outputs."
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"
-                            and "application/vnd.jupyter.widget-view+json" not in output.get("data", {})]
+            cell.outputs = joined([output for output in cell.outputs if output.get("name") != "stderr"
+                                   and "application/vnd.jupyter.widget-view+json" not in output.get("data", {})])
 
 
 def from_the_top(text: str) -> str:
@@ -113,22 +124,11 @@ def in_few_colours(png: str) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def joined(outputs: list) -> list:
-    "What was printed in one piece: where a kernel cuts it is a matter of time."
-    kept = []
-    for output in outputs:
-        if kept and output.output_type == kept[-1].output_type == "stream" and output.name == kept[-1].name:
-            kept[-1].text += output.text
-        else:
-            kept.append(output)
-    return kept
-
-
 def outputs_of(path: Path, root: Path) -> dict[str, list]:
     "The outputs of a notebook that ran below a folder, by cell; figures are small and paths begin at that folder."
     notebook = nbformat.read(path, 4)
     drop_noise(notebook)
-    outputs = {cell.id: joined(cell.outputs) for cell in notebook.cells if cell.cell_type == "code"}
+    outputs = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
     for output in (one for some in outputs.values() for one in some):
         if output.output_type != "stream":
             output.metadata = nbformat.NotebookNode()

@@ -82,11 +82,11 @@ def test_package_is_what_the_notebooks_export(copy):
     assert not changed, f"expected modules as exported, got others: {', '.join(changed)}: run nbdev_export"
 
 
-INDEX = ROOT / "nbs" / "index.ipynb"
+PAGES = [path for path in library() if path.parent.name in ("nbs", "guides")
+         and "study import read_records" in path.read_text()]
 
 
-@pytest.mark.parametrize("path", [INDEX, *(path for path in library() if "study import read_records" in path.read_text()
-                                           and path.parent.name == "guides")], ids=name)
+@pytest.mark.parametrize("path", PAGES, ids=name)
 def test_pages_say_what_the_records_say(path, tmp_path):
     "They are run again: a number that was typed, in the page or in the notebook's outputs, is another one then."
     call("jupyter", "nbconvert", "--to", "notebook", "--execute", "--output-dir", tmp_path, path)
@@ -453,8 +453,10 @@ def test_gpu_check_needs_no_notebook(tmp_path):
 def out_of_step(path: Path, run_id: str, output: Path) -> list[str]:
     "What is wrong with the outputs that a study shows of its default run; output: where its record was drawn."
     shown = {cell.id: cell.outputs for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"}
-    if not run_id or not any(shown.values()):
-        return [f"{name(path)}: expected outputs of the default run, if there is one"] if run_id or any(shown.values()) else []
+    if bool(run_id) != any(shown.values()):
+        return [f"{name(path)}: expected outputs of the default run, if there is one"]
+    if not run_id:
+        return []
     if not (ran := executed(path, run_id, output)).exists():  # it measures while it draws
         return [] if run_id in json.dumps(shown) else [f"{name(path)}: expected outputs of {run_id}: make outputs"]
     drawn, told = outputs_of(ran, output), "expected outputs as its record gives them: make outputs"
@@ -776,7 +778,7 @@ def is_short(path: Path) -> bool:
     return path.stem not in ("protocol", "fuzz", "counting")
 
 
-@pytest.mark.parametrize("path", sorted(set(library()) - {INDEX}, key=lambda path: (is_short(path), path)), ids=name)
+@pytest.mark.parametrize("path", sorted(set(library()) - set(PAGES), key=lambda path: (is_short(path), path)), ids=name)
 def test_library_notebook(path, tmp_path, monkeypatch):
     "As `nbdev_test` does it, in a process that is forked from one in which torch is there: that takes seconds a notebook."
     for variable, value in ENVIRONMENT.items():
