@@ -200,13 +200,14 @@ def _slope(n: np.ndarray, values: np.ndarray) -> float:
 
 
 def _draw_cost(ax: plt.Axes, runs: pd.DataFrame, column: str):
-    "A line for each method, named with its exponent."
+    "A line for each method, named with its exponent where there is one."
     labels = []
     for place, (method, group) in enumerate(runs.groupby("method", sort=False)):
         group = group.sort_values("n")
         n, values = group["n"].to_numpy(float), group[column].clip(lower=1e-5).to_numpy(float)
         ax.plot(n, values, ms=4, **look(place))
-        labels.append(f"{clipped(method, lines=2)}: $N^{{{_slope(n, values):.1f}}}$")
+        slope, name = _slope(n, values), clipped(method, lines=2)
+        labels.append(name if np.isnan(slope) else f"{name}: $N^{{{slope:.1f}}}$")
     place_legend(ax, ax.lines, labels, fontsize=6.5)
 
 # %% ../../nbs/figures/results.ipynb #7bb10711
