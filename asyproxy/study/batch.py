@@ -78,6 +78,7 @@ class Batch:
         self.plan, self.executor, self.begun = plan, executor, time.monotonic()
         self.tasks: dict[Job, Task] = {}
         self.known = -1  # how many runs had ended when it was last asked which are due
+        self.places: dict[Job, int] = {}  # of those that are due, in the order of the plan
 
     def outcomes(self) -> dict[Job, dict | str]:
         "Record or reason of each run that has ended."
@@ -90,9 +91,16 @@ class Batch:
         "The runs in one of these states."
         return [task for task in self.tasks.values() if task.state in states]
 
+    def queue(self) -> list[Task]:
+        "The runs that wait, in the order of the plan, whenever they were asked for."
+        waiting = self.within("waiting", "elsewhere")
+        return sorted(waiting, key=lambda task: self.places.get(task.job, len(self.places)))
+
 # %% ../../nbs/study/batch.ipynb #8beb874d
 def _new(batch: Batch) -> list[Job]:
-    return [job for job in due(batch.plan, batch.outcomes()) if job not in batch.tasks]
+    jobs = due(batch.plan, batch.outcomes())
+    batch.places = {job: place for place, job in enumerate(jobs)}
+    return [job for job in jobs if job not in batch.tasks]
 
 
 def look(
@@ -161,7 +169,7 @@ def _step(batch: Batch) -> bool:
         if (code := task.handle.poll()) is not None:
             _ended(task, code)
     look(batch)
-    _start(batch.executor, batch.within("waiting", "elsewhere"), len(batch.within("running")))
+    _start(batch.executor, batch.queue(), len(batch.within("running")))
     look(batch)
     return bool(batch.within("waiting", "elsewhere", "running"))
 
