@@ -47,6 +47,7 @@ def _set_page(ax: plt.Axes, width: float, height: float):
 # %% ../../nbs/figures/pictures.ipynb #88ed9b34
 GREEN, RED = "#009E73", "#D55E00"
 _CELL, _GAP, _BELOW, _NAMES = (1.2, 0.95), 0.14, 0.3, 1.15  # inches: picture, between pictures, for a distance, names
+_LINE = 8  # answers beside each other, at most
 
 
 def _draw_query(ax: plt.Axes, image: np.ndarray, name: str, centre: tuple[float, float], cell: tuple[float, float]):
@@ -57,8 +58,8 @@ def _draw_query(ax: plt.Axes, image: np.ndarray, name: str, centre: tuple[float,
 
 
 def _draw_answer(ax: plt.Axes, answer: tuple, centre: tuple[float, float], cell: tuple[float, float]):
-    "An image in the frame of its correctness, with its distance."
-    image, right, distance = answer
+    "An image in the frame of its correctness, with its distance and its class."
+    image, right, distance, name, match = (*answer, "", None)[:5]
     left, top, width, height = _draw_picture(ax, image, centre, cell)
     frames: dict[bool | None, dict[str, Any]] = {
         True: {"ec": GREEN, "ls": "-"}, False: {"ec": RED, "ls": (0, (2, 1))}, None: {"ec": "0.6", "lw": 0.6}}
@@ -66,35 +67,49 @@ def _draw_answer(ax: plt.Axes, answer: tuple, centre: tuple[float, float], cell:
     ax.add_patch(Rectangle((left - around, top - around), width + 2 * around, height + 2 * around,
                            fill=False, clip_on=False, **{"lw": 1.8, **frames[right]}))
     said = str(distance) if isinstance(distance, int) else f"{distance:.3f}"
-    ax.text(centre[0], top + height + 0.06, said, fontsize=6, ha="center", va="top", color="0.25")
+    said += ", no match" * (match is False) + (f"\n{clipped(name, 22, lines=1)}" if name else "")
+    text = {"fontsize": 6, "ha": "center", "va": "top", "linespacing": 1}
+    ax.text(centre[0], top + height + 0.06, said, color="0.25", **text)
 
 # %% ../../nbs/figures/pictures.ipynb #21aab50c
+def _lines(rows: list[tuple]) -> list[tuple]:
+    "Rows with at most `_LINE` answers: one with more goes on below, without its query (None)."
+    lines = []
+    for query, name, answers in rows:
+        count = -(-len(answers) // _LINE) or 1
+        each = -(-len(answers) // count) or 1
+        lines += [(None if place else query, name, answers[place * each:][:each]) for place in range(count)]
+    return lines
+
+
 def _row_cells(rows: list[tuple]) -> list[tuple[float, float]]:
     "Width and height of the cells of each row; the width is the same in all."
-    sizes = [[_size(image, _CELL) for image in (query, *(answer[0] for answer in answers))]
+    sizes = [[_size(image, _CELL) for image in (query, *(answer[0] for answer in answers)) if image is not None]
              for query, _, answers in rows]
     width = max(width for row in sizes for width, _ in row)
     return [(width, max(height for _, height in row)) for row in sizes]
 
 # %% ../../nbs/figures/pictures.ipynb #1563c3e8
 def retrieval_gallery(
-    rows: list[tuple],  # a query each: (its image, its class name, its answers as (image, is right or None, distance))
+    rows: list[tuple],  # a query each: (image, class name, [(image, right or None, distance[, class name[, match]])])
     source: str = "",  # small text below, such as the id of the run, or whom the pictures are by
 ) -> plt.Figure:
     "Queries with what was retrieved for them; images are arrays (H, W, 3). Raises ValueError without a query."
     if not rows:
         raise ValueError("expected at least one query for a gallery, got none")
+    rows = _lines(rows)
     cells, bottom = _row_cells(rows), 0.05
     columns = 1 + max(len(answers) for _, _, answers in rows)
     right = _NAMES + columns * (cells[0][0] + _GAP)
     figure, ax = _page(right, 1)
     for (query, name, answers), cell in zip(rows, cells):
         centres = [(_NAMES + place * (cell[0] + _GAP) + cell[0] / 2, bottom + cell[1] / 2) for place in range(columns)]
-        _draw_query(ax, query, name, centres[0], cell)
+        if query is not None:
+            _draw_query(ax, query, name, centres[0], cell)
         for answer, centre in zip(answers, centres[1:]):
             _draw_answer(ax, answer, centre, cell)
-        bottom += cell[1] + _BELOW
-    whole = any(isinstance(distance, int) for _, _, answers in rows for _, _, distance in answers)
+        bottom += cell[1] + _BELOW + 0.1 * any(len(answer) > 3 and answer[3] for answer in answers)
+    whole = any(isinstance(answer[2], int) for _, _, answers in rows for answer in answers)
     below = f"below each picture: {'bits that differ from' if whole else '1 - cosine to'} the query"
     said = ", ".join(text for text in (below, source) if text)
     said = clipped(said, int(16 * right), lines=4)

@@ -145,7 +145,8 @@ def _add_runs(commands):
     "The command `asyproxy runs`."
     reader = commands.add_parser(
         "runs", help="list runs, compare two of them, and remove what is asked for",
-        description="Without a name: lists every run, the newest last. With one: all that is known of it. With two: "
+        description="Without a name: lists the runs that have a folder here, the newest last; with a condition, all that "
+                    "fulfil it. With one: all that is known of it. With two: "
                     "what differs between them. A run is named by its id, or the beginning of it, or that of the hash "
                     "at its end.")
     reader.add_argument("run", nargs="*", help="none, one or two runs")
@@ -178,7 +179,11 @@ def _runs(options: dict):
         runs = [named(entries, name) for name in options["run"]]
         print(compared(*runs) if len(runs) == 2 else described(*runs))
     else:
-        print(listed(sorted(shown, key=lambda entry: entry.identity) if options["by_id"] else shown))
+        filtered = options["state"] or asked or options["newest"]
+        here = shown if filtered else [entry for entry in shown if entry.state != "record only"]
+        print(listed(sorted(here, key=lambda entry: entry.identity) if options["by_id"] else here))
+        if more := len(shown) - len(here):
+            print(f"{more} more have nothing but a record here: --state 'record only' lists them")
 
 # %% ../../nbs/study/command.ipynb #25707494
 def _clean(entries: list, what: list[str], sure: bool):

@@ -104,13 +104,17 @@ def _finished(path: Path, folder: Path) -> Entry:
     except (ValueError, OSError) as problem:
         return Entry(path.stem, "damaged", path.stem.partition("-")[0], told=str(problem), size=size, time=time)
     state = "running" if busy(folder) else "complete" if folder.is_dir() else "record only"
-    return Entry(path.stem, state, record["study"], record["parameters"], record, main_result(record), size, time)
+    again = f"begun again: epoch {last_epoch(folder / 'again')}" if (folder / "again").is_dir() else ""
+    told = ", ".join(filter(None, (main_result(record), again)))
+    return Entry(path.stem, state, record["study"], record["parameters"], record, told, size, time)
 
 # %% ../../nbs/study/inventory.ipynb #e53adc00
-def inventory() -> list[Entry]:  # the newest last
+def inventory(
+    near: Path | None = None,  # a notebook in its checkout; None: that of the current folder
+) -> list[Entry]:  # the newest last
     "Every run of which there is a folder or a record."
-    runs = output_folder("runs")
-    records = {path.stem: path for path in output_folder("figures", "records").glob("[!.]*.json")}
+    runs = output_folder("runs", near=near)
+    records = {path.stem: path for path in output_folder("figures", "records", near=near).glob("[!.]*.json")}
     folders = {path.name: path for path in runs.glob("[!.]*-*") if path.is_dir()}  # an id has a hash at its end
     entries = [_finished(path, runs / identity) for identity, path in records.items()]
     entries += [_unfinished(path) for identity, path in folders.items() if identity not in records]

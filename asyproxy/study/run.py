@@ -105,6 +105,10 @@ def _answer(path: Path, given: dict) -> dict:
     "What a run is called and runs with, or what is wrong."
     try:
         known, values = notebook_parameters(path, given)
+        if {"query_img_name", "data_base"} <= known.keys():
+            from asyproxy.study.shelf import check_question
+
+            check_question(values["query_img_name"], values["data_base"], path.parent)
         identity = run_id(path.stem, known, values, _fingerprint(known, values))
     except (ValueError, OSError) as error:
         return {"error": str(error)}
