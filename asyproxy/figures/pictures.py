@@ -67,7 +67,7 @@ def _draw_answer(ax: plt.Axes, answer: tuple, centre: tuple[float, float], cell:
     ax.add_patch(Rectangle((left - around, top - around), width + 2 * around, height + 2 * around,
                            fill=False, clip_on=False, **{"lw": 1.8, **frames[right]}))
     said = str(distance) if isinstance(distance, int) else f"{distance:.3f}"
-    said += ", no match" * (match is False) + (f"\n{clipped(name, 22, lines=1)}" if name else "")
+    said += ", no match" * (match is False) + (f"\n{clipped(name, 20, lines=1)}" if name else "")
     text = {"fontsize": 6, "ha": "center", "va": "top", "linespacing": 1}
     ax.text(centre[0], top + height + 0.06, said, color="0.25", **text)
 

@@ -112,11 +112,18 @@ def summary(
 # %% ../../nbs/study/board.ipynb #240f29b6
 def _prospect(task: Task) -> str:
     "What would become of a run."
-    if task.state == "failed":
-        return f"refused    {named(task)}: {one_line(task.outcome)}"
     state = "elsewhere" if busy(task.folder) else "would run"
     epoch, last = last_epoch(task.folder), task.said.get("num_epochs")
     return f"{state}  {named(task)}{f', from epoch {epoch} of {last} on' if epoch else ''}"
+
+
+def _refusals(tasks: list[Task]) -> list[str]:
+    "A line for each reason why runs would be refused."
+    reasons = {}
+    for task in tasks:
+        reasons.setdefault(one_line(task.outcome), []).append(named(task))
+    return [f"refused    {names[0] if len(names) == 1 else f'{len(names)} runs, the first {names[0]}'}: {reason}"
+            for reason, names in reasons.items()]
 
 # %% ../../nbs/study/board.ipynb #0cf4371e
 def outlook(
@@ -132,7 +139,9 @@ def outlook(
     later = f", {total - len(batch.tasks)} follow from a search" if total > len(batch.tasks) else ""
     at_once = f"{workers} at a time" if workers > 1 else "one after the other"
     numbers = f"{total} runs, {complete} complete, {len(tasks)} as above{later}, {at_once}"
-    return [*map(_prospect, tasks), f"{batch.plan.name}: {numbers}", in_short(*cost, workers)]
+    refused = batch.within("failed")
+    ahead = [_prospect(task) for task in tasks if task not in refused]
+    return [*ahead, *_refusals(refused), f"{batch.plan.name}: {numbers}", in_short(*cost, workers)]
 
 # %% ../../nbs/study/board.ipynb #e53dd5f0
 def _redraw(stream: TextIO, old: list[str], lines: list[str]) -> list[str]:

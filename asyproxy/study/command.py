@@ -138,7 +138,8 @@ def _batch(options: dict):
         run_batch(batch, board.tell)
         board.close(batch)
     if failed := len(batch.within("failed")) + len(blocked(plan, batch.outcomes())):
-        raise RuntimeError(f"{failed} runs failed or could not start, see above; the same command tries them again")
+        came = "would be refused" if options["dry_run"] else "failed or could not start"
+        raise RuntimeError(f"{failed} runs {came}, see above; the same command tries them again")
 
 # %% ../../nbs/study/command.ipynb #c5821bc3
 def _add_runs(commands):

@@ -40,9 +40,10 @@ def find_notebook(
     for path in (Path(notebook), named):
         if path.suffix == ".ipynb" and path.is_file():
             return path.resolve()
-    known = ", ".join(sorted(path.stem for path in named.parent.glob("*.ipynb"))) or "none"
-    raise FileNotFoundError(f"expected a notebook file, or one of the studies in {named.parent} ({known}), "
-                            f"got {notebook}: give its path, or the command in a checkout")
+    known = sorted(path.stem for path in named.parent.glob("*.ipynb"))
+    raise FileNotFoundError(f"expected a notebook file, or one of the studies in {named.parent} "
+                            f"({', '.join(known) or 'none'}), got {notebook}{hint(notebook, known)}: "
+                            "give its path, or the command in a checkout")
 
 # %% ../../nbs/study/run.ipynb #a280dcf8
 def _defaults(path: Path) -> dict:
@@ -59,8 +60,9 @@ def _defaults(path: Path) -> dict:
 def _known(path: Path, names: list[str], given: dict) -> dict[str, Parameter]:
     "What is known of the parameters of a notebook. Raises ValueError on unknown names."
     if unknown := [name for name in given if name not in names]:
-        raise ValueError(f"expected parameters of {path.name} ({', '.join(names) or 'it has none'}), "
-                         f"got {', '.join(unknown)}{hint(unknown[0], names)}")
+        near = hint(unknown[0], names)
+        among = "" if near else f" ({', '.join(names) or 'it has none'})"
+        raise ValueError(f"expected parameters of {path.name}{among}, got {', '.join(unknown)}{near}")
     known = described(path.stem, names)
     if foreign := [name for name in names if name not in known]:
         raise ValueError(f"expected parameters of the studies, got {', '.join(foreign)} in {path.name}, "
