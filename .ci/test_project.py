@@ -113,7 +113,7 @@ def test_parameters_are_those_of_the_dataclass(path):
 # Imports go one way.
 
 STREAM = (  # a wing imports from the lines above its own, and from no other wing in its line
-    ("files", "experiment", "uncertainty", "children", "text"),
+    ("files", "experiment", "settings", "uncertainty", "children", "text"),
     ("processes",),
     ("data", "model", "loss", "evaluation"),
     ("retrieval",),
@@ -713,8 +713,6 @@ def test_images_from_disk(tmp_path, data_name, script, options, expected):
     call(*command, *(part for pair in quick.items() for part in ("-p", *map(str, pair))), env=environment)
     record = json.loads(next((tmp_path / "figures" / "records").glob("benchmark-*.json")).read_text())
     assert {key: record["data"].get(key) for key in expected} == expected
-
-
     if data_name == "own":
         ask_for_a_photo(path, record["run_id"], tmp_path, environment)
 
@@ -726,16 +724,19 @@ def ask_for_a_photo(photos: Path, run_id: str, output: Path, environment: dict):
     assert "48 images of 12 classes" in printed, printed
     photo = next(photos.rglob("17.png"))
     command = shlex.split(printed.strip().splitlines()[-1].replace("PHOTO", shlex.quote(str(photo))))
-    call(*command, "-p", "retrieval_num", "3", env=environment)
+    said = call(*command, "-p", "retrieval_num", "3", env=environment)
+    assert "17.png: $4 or $5 (0.000" in said, said
     folder = next((output / "runs").glob("retrieval-*"))
     answers = pd.read_csv(folder / "answers.csv")
     assert len(answers) == 3 and answers["path"][0].endswith("/17.png") and answers["class_name"][0] == "$4 or $5"
-    assert {"gallery.pdf", "gallery.png", "best.png", "worst.png", "judged.csv", "confused.csv"} <= {
-        path.name for path in folder.iterdir()}
-    call("asyproxy", "run", "retrieval", "-p", "data_base", shelf, "-p", "query_img_name", photos / "*" / "1*.png",
-         "-p", "binary", "true", env=environment)
+    assert {path.name for path in folder.glob("*.png")} == {"gallery.png"}
+    for asked in (("-p", "query_img_name", photos / "*" / "1*.png", "-p", "binary", "true"), ("-p", "count", "3")):
+        call("asyproxy", "run", "retrieval", "-p", "data_base", shelf, *asked, env=environment)
+    assert {path.name for path in (output / "runs").glob("retrieval-*/*.csv")} == {
+        "answers.csv", "judged.csv", "confused.csv"}
+    assert len(list((output / "runs").glob("retrieval-*/worst.png"))) == 1
     metrics = [json.loads(path.read_text())["metrics"] for path in (output / "figures/records").glob("retrieval-*.json")]
-    assert sorted(one["queries"] for one in metrics) == [1, 11]
+    assert sorted(one["queries"] for one in metrics) == [1, 3, 11]
 
 
 def test_toy_on_photographs(tmp_path):

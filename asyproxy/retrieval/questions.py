@@ -107,12 +107,13 @@ def _name(query: str | int, database: EmbeddingDatabase) -> str:
 
 def _picture(query: str | int, database: EmbeddingDatabase) -> np.ndarray:
     "That of a query, (H, W, 3)."
-    is_item = isinstance(query, (int, np.integer))
-    return picture(database, query) if is_item else read_image(query).permute(1, 2, 0).numpy()
+    if isinstance(query, (int, np.integer)):
+        return picture(database, int(query))
+    return read_image(query).permute(1, 2, 0).numpy()
 
 # %% ../../nbs/retrieval/questions.ipynb #e4e3b5d6
 def _said(found: pd.DataFrame) -> Iterator[tuple[int, float, str, bool | None]]:
-    "Of each answer: position, distance, class or else file (empty: not known), and whether it matches (None: who knows)."
+    "Of each answer: position, distance, class or else file (empty: not known), and whether it matches (None: as well)."
     empty = [""] * len(found)
     names, paths = (found[column].tolist() if column in found else empty for column in ("class_name", "path"))
     names = [name or Path(path).name for name, path in zip(names, paths)]

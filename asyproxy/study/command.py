@@ -146,8 +146,8 @@ def _add_runs(commands):
     "The command `asyproxy runs`."
     reader = commands.add_parser(
         "runs", help="list runs, compare two of them, and remove what is asked for",
-        description="Without a name: lists the runs that have a folder here, the newest last; with a condition, all that "
-                    "fulfil it. With one: all that is known of it. With two: "
+        description="Without a name: lists the runs that have a folder here, the newest last; with a condition, all "
+                    "that fulfil it. With one: all that is known of it. With two: "
                     "what differs between them. A run is named by its id, or the beginning of it, or that of the hash "
                     "at its end.")
     reader.add_argument("run", nargs="*", help="none, one or two runs")

@@ -55,5 +55,6 @@ def alarm_sentence(
 ) -> str:
     "How many were missed, and how many alarms were false."
     missed = counts["lost"] - counts["lost, flagged"]
-    return (f"{counts['runs']}: of {counts['lost']} lost runs {missed} were missed, and of {counts['good']} good runs "
+    lost = f"of {counts['lost']} lost runs {missed} were missed" if counts["lost"] else "no run was lost"
+    return (f"{counts['runs']}: {lost}, and of {counts['good']} good runs "
             f"{counts['good, flagged']} were flagged.")

@@ -166,7 +166,7 @@ def _surroundings(folder: Path, path: Path, drawn: Path | None) -> dict[str, str
 
 # %% ../../nbs/study/run.ipynb #29f055dc
 _NOISE = ("Input Notebook:", "Output Notebook:", "Working directory:", "Executing ", "Ending Cell", "<Figure size",
-          "<IPython.", "[IPKernelApp]", "Kernel died", "Unable to parse line")
+          "<IPython.", "[IPKernelApp]", "Kernel died", "Unable to parse line", "Passed unknown parameter")
 
 
 def _show(process: subprocess.Popen, log: Path) -> str:

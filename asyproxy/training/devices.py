@@ -11,6 +11,12 @@ import os
 import torch
 
 # %% ../../nbs/training/devices.ipynb #973f9f72
+def _devices() -> list[str]:
+    "The names of what there is."
+    cards = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return ["auto", "cpu", *cards, *["mps"] * torch.backends.mps.is_available()]
+
+
 def pick_device(
     device: str,  # "auto": a GPU if there is one; else a name that torch knows
 ) -> torch.device:
@@ -20,7 +26,7 @@ def pick_device(
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"expected a device of this machine (auto, cpu, cuda, cuda:1, mps), "
+        raise ValueError(f"expected a device of this machine ({', '.join(_devices())}), "
                          f"got {device!r}: {str(error).splitlines()[0]}") from error
     return torch.device(device)
 
