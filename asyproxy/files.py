@@ -89,7 +89,9 @@ def _read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, 
 def load_tensors(
     path: str | Path,  # a file of `save_tensors`, or any other safetensors file
 ) -> tuple[dict[str, torch.Tensor], dict]:  # tensors on the CPU, and the metadata
-    "Raises FileNotFoundError, or ValueError where the file is damaged or no safetensors file."
+    """The tensors of a safetensors file.
+
+    Raises FileNotFoundError, or ValueError where the file is damaged or no safetensors file."""
     tensors, header = _read_tensors(path)
     ours = header.keys() & {"metadata", "sha256"}
     if ours and (len(ours) < 2 or hash_tensors(tensors, header["metadata"]) != header["sha256"]):

@@ -310,7 +310,9 @@ def find_own(
     test_classes: str = "0.5",  # folders: fraction of the classes that test, or a file with one class a line
     split_seed: int = 0,  # folders: draws the classes that test
 ) -> Found:
-    "Raises ValueError where the images are not there, or cannot be divided."
+    """The images of one's own folders or table, divided into classes that train and classes that test.
+
+    Raises ValueError where the images are not there, or cannot be divided."""
     if path.is_file():
         if path.suffix.lower() != ".csv":
             raise ValueError("expected a folder of class folders, or a CSV file of open-metric-learning, "

@@ -226,7 +226,9 @@ def load_data(
     test_resize: int = 0,  # shorter side before the test crop, in pixels; 0: in the proportion of the data set
     cache: bool = False,  # decode once into a cache, see asyproxy.data.cache
 ) -> ImageData:
-    "Raises ValueError or FileNotFoundError that says what was expected, what is there and what to do."
+    """The images of a data set: which, of what class and split, and where their pixels are.
+
+    Raises ValueError or FileNotFoundError that says what was expected, what is there and what to do."""
     entry = data_set(data_name)
     if cropped and not entry.boxes:
         boxed = ", ".join(name for name, other in DATA_SETS.items() if other.boxes)

@@ -145,7 +145,9 @@ def check_answers(
     photos: np.ndarray | None = None,  # (N,), integers: those of its photograph are no answers; None: only itself
     gallery_photos: np.ndarray | None = None,  # (G,), as photos
 ):
-    "Raises ValueError where the metrics of such labels would: on a K beyond the gallery, or without a positive."
+    """Whether queries with such labels can be answered, before anything is computed.
+
+    Raises ValueError where the metrics of such labels would: on a K beyond the gallery, or without a positive."""
     itself, searched = gallery_labels is None, labels if gallery_labels is None else gallery_labels
     _checked_recalls(recalls, len(searched), itself)
     if photos is None:

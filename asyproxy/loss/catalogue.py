@@ -148,7 +148,9 @@ def loss_options(
     name: str,  # a key of LOSSES
     options: str | Mapping[str, float | str] = "",  # other than the defaults, "margin=0.2,alpha=16" or a dict
 ) -> dict[str, float | str]:  # all options of the loss, in the order of its entry
-    "Raises ValueError on an unknown loss or option, and on a value that is no number or out of range."
+    """The options of a loss, checked and in their types.
+
+    Raises ValueError on an unknown loss or option, and on a value that is no number or out of range."""
     values = {option: _value(name, option, value) for option, value in _split(options).items()}
     return {option: values.get(option, default) for option, (default, *_) in _known_options(name).items()}
 
@@ -157,7 +159,7 @@ def lr_factor(
     name: str,  # a key of LOSSES
     options: str | Mapping[str, float | str] = "",  # as for `loss_options`
 ) -> float | None:  # times the learning rate of the model; None: the loss has nothing to train
-    "Raises ValueError as `loss_options` does."
+    "By how much faster than the model what a loss learns is trained. Raises ValueError as `loss_options` does."
     factor: Any = loss_options(name, options).get("lr_factor")  # not one of the words
     return factor
 
@@ -166,7 +168,7 @@ def per_class(
     name: str,  # a key of LOSSES
     options: str | Mapping[str, float | str] = "",  # as for `loss_options`
 ) -> int | None:  # images of each class in a batch; None: any batch will do
-    "Raises ValueError as `loss_options` does."
+    "How many directions a loss has for each class. Raises ValueError as `loss_options` does."
     number: Any = loss_options(name, options).get("per_class")  # whole
     return number
 
@@ -179,7 +181,7 @@ def build_loss(
     options: str | Mapping[str, float | str] = "",  # as for `loss_options`
     **parameters: float,  # all that an experiment has: temperature, momentum
 ) -> nn.Module:  # called with (embeddings, labels)
-    "Raises ValueError on an unknown loss, option or parameter, and on what the loss refuses."
+    "The loss of that name. Raises ValueError on an unknown loss, option or parameter, and on what the loss refuses."
     entry, own = _entry(name), loss_options(name, options)
     known = {parameter for any_entry in LOSSES.values() for parameter in any_entry.parameters}
     if not parameters.keys() <= known:

@@ -85,7 +85,9 @@ def model_of_state(
     image_size: int = 256,  # side of the square that it was trained to see, in pixels
     test_resize: int = 292,  # the shorter side of a test image before the centre crop, in pixels
 ) -> tuple[EmbeddingModel, torch.Tensor]:  # the model, in eval mode, and the proxies (C, D), rows of unit length
-    "Raises ValueError where a tensor is missing, unknown, not finite or of another shape or type."
+    """A model of earlier code, from its tensors.
+
+    Raises ValueError where a tensor is missing, unknown, not finite or of another shape or type."""
     backbone, projection, proxies = _parts(state, path)
     backbone_type = _backbone_type(path, backbone_type)
     model = EmbeddingModel(backbone_type, len(projection), weights="random")

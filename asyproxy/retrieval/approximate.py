@@ -158,7 +158,9 @@ def read_approximate(
     path: str | Path,  # a file of `write_approximate`
     about: dict,  # what that returned
 ) -> Approximate:
-    "Raises FileNotFoundError, or ValueError where the file is another one than was written, or FAISS is missing."
+    """An index from its file.
+
+    Raises FileNotFoundError, or ValueError where the file is another one than was written, or FAISS is missing."""
     faiss, known = _faiss(), About(**about)
     if not Path(path).is_file():
         raise FileNotFoundError(f"expected an index of FAISS, found none at {path}")

@@ -25,7 +25,7 @@ def directions(
     database: EmbeddingDatabase,  # of D dimensions
     queries: np.ndarray | torch.Tensor,  # (Q, D), rows of any length but 0
 ) -> np.ndarray:  # (Q, D), float32, of unit length
-    "Raises ValueError on another shape, NaN, infinity and zero."
+    "Queries as the search takes them. Raises ValueError on another shape, NaN, infinity and zero."
     queries = np.asarray(queries.detach().cpu() if isinstance(queries, torch.Tensor) else queries)
     if queries.ndim != 2 or queries.shape[1] != database.embeddings.shape[1]:
         raise ValueError(f"expected queries of shape (Q, {database.embeddings.shape[1]}), got {queries.shape}")
@@ -54,7 +54,9 @@ def search(
     binary: bool = False,  # by sign codes
     photos: np.ndarray | None = None,  # (Q,), which of `database.photos` a query may not find; -1: none
 ) -> tuple[np.ndarray, np.ndarray]:  # (Q, K): cosines, or minus the differing bits, descending, and positions, int64
-    "Raises ValueError on a wrong dimension, or where a query can find fewer than K images."
+    """The K most similar items of a database for each query.
+
+    Raises ValueError on a wrong dimension, or where a query can find fewer than K images."""
     queries = directions(database, queries)
     photos = np.full(len(queries), -1) if photos is None else photos
     _check_number(database, retrieval_num, photos)

@@ -88,7 +88,9 @@ def measured(
     gallery: Side | None = None,  # that is searched; None: the others of the test
     recalls: Sequence[int] = (1, 2, 4, 8),  # each K of Recall@K
 ) -> dict[str, dict]:  # "dense" and "binary" -> what `retrieval_metrics` returns
-    "Raises ValueError on a K beyond what is searched, or where no class has two images."
+    """The metrics of embeddings that earlier code made.
+
+    Raises ValueError on a K beyond what is searched, or where no class has two images."""
     searched = (gallery.features, gallery.labels) if gallery else ()
     return {code: retrieval_metrics(test.features, test.labels, *searched, recalls=recalls, binary=code == "binary")
             for code in ("dense", "binary")}
@@ -171,7 +173,9 @@ def import_earlier(
     recalls: Sequence[int] = (1, 2, 4, 8),  # each K of Recall@K
     **options,  # backbone_type, image_size, test_resize: see `model_of_state`
 ) -> Imported:
-    "Raises FileNotFoundError, or ValueError where a file can't be read without running code, or does not fit."
+    """What earlier code left becomes a model, a database and queries in a folder.
+
+    Raises FileNotFoundError, or ValueError where a file can't be read without running code, or does not fit."""
     found, folder = _read(files), Path(folder)
     model, proxies = model_of_state(*found["model"], **options) if "model" in found else (None, None)
     if "features" not in found:

@@ -56,7 +56,9 @@ def write_embeddings(
     embeddings: np.ndarray,  # (N, D), float32, rows of unit length
     paths: Sequence[str],  # (N,), of their images
 ):
-    "Raises ValueError as `check_form` does, and where there is no path for each row."
+    """Writes embeddings with their paths for other tools.
+
+    Raises ValueError as `check_form` does, and where there is no path for each row."""
     check_form(path)
     check_rows(embeddings)
     if len(paths) != len(embeddings):

@@ -267,7 +267,9 @@ def load_database(
     *,
     verify: bool = True,  # compare all bytes with their hashes
 ) -> EmbeddingDatabase:  # its embeddings mapped
-    "Raises FileNotFoundError, or ValueError where anything is damaged or of another kind."
+    """The database that lies in a folder.
+
+    Raises FileNotFoundError, or ValueError where anything is damaged or of another kind."""
     folder, manifest = Path(folder), None
     while True:
         before, manifest = manifest, read_manifest(folder)

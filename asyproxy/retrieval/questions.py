@@ -47,7 +47,7 @@ def asked_for(
     count: int = 8,  # items at random, at most
     seed: int = 0,  # that draws them, at least 0
 ) -> list[Path] | list[int]:  # image files, or positions
-    "Raises ValueError where a text names nothing."
+    "The queries that a text means. Raises ValueError where a text names nothing."
     if not text:
         drawn = np.random.default_rng(seed).choice(len(database), min(count, len(database)), replace=False)
         return sorted(drawn.tolist())
@@ -67,7 +67,9 @@ def answers_to(
     binary: bool = False,  # by sign codes
     model: EmbeddingModel | None = None,  # of the database; None: `model_of`
 ) -> pd.DataFrame:  # of `ask_images` or `ask_items`
-    "Raises what these raise; a query that is an item of the database does not find its own photograph."
+    """What a database answers to them.
+
+    Raises what these raise; a query that is an item of the database does not find its own photograph."""
     ours = [query for query in queries if isinstance(query, int)]
     taken = max((int((database.photos == database.photos[query]).sum()) for query in ours), default=0)
     retrieval_num = min(retrieval_num, len(database) - taken)
@@ -158,7 +160,7 @@ def judged(
     *,
     binary: bool = False,  # by sign codes
 ) -> pd.DataFrame:  # (n,): position, class_name, map@r, rank; the best first, equal ones by position
-    "Raises ValueError where no class has two photographs."
+    "How well each item of a database finds its class. Raises ValueError where no class has two photographs."
     known = np.flatnonzero(database.labels >= 0)
     if len(known) < 2:
         raise ValueError(f"expected a database with classes, got one with {len(known)} items that have one")

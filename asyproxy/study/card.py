@@ -55,7 +55,9 @@ def _without_model(identity: str) -> ValueError:
 def chosen_model(
     name: str,  # a run as `named` takes it, or the path of a model file
 ) -> Chosen:
-    "Raises ValueError where there is no such run, or it is not complete, or it kept no model."
+    """The model that a user names.
+
+    Raises ValueError where there is no such run, or it is not complete, or it kept no model."""
     path = Path(name).expanduser()
     if path.suffix == ".safetensors" or path.is_file():
         return _of_file(path)

@@ -125,7 +125,7 @@ def named(
     entries: list[Entry],  # of `inventory`
     name: str,  # an id, or its beginning, or that of the hash at its end
 ) -> Entry:
-    "Raises ValueError where none or several are meant."
+    "The run that a user names. Raises ValueError where none or several are meant."
     fitting = [entry for entry in entries if entry.identity == name] or [
         entry for entry in entries
         if entry.identity.startswith(name) or entry.identity.rpartition("-")[2].startswith(name)]

@@ -172,7 +172,9 @@ def read_plan(
     path: str | Path,  # of a YAML file
     only: Iterable[str] = (),  # names of the parts that are meant, which bring those that they need; (): all
 ) -> Plan:
-    "Raises FileNotFoundError, or ValueError that names file, part and key; RuntimeError where the check fails."
+    """The runs that a file asks for.
+
+    Raises FileNotFoundError, or ValueError that names file, part and key; RuntimeError where the check fails."""
     plan = _plan(path, only := list(only))
     command = [sys.executable, "-c", _PROGRAM, str(path), *only]
     streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}

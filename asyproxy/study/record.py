@@ -84,7 +84,7 @@ def _check_file(record, path: Path):
 def read_record(
     path: Path,  # of a JSON file
 ) -> dict:  # in today's words
-    "Raises FileNotFoundError, or ValueError where it is no record or is not as it was written."
+    "What a run has found. Raises FileNotFoundError, or ValueError where it is no record or is not as it was written."
     try:
         record = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:

@@ -35,7 +35,7 @@ from asyproxy.study.record import (
 def find_notebook(
     notebook: str | Path,  # a path, or the name of a notebook in nbs/studies
 ) -> Path:
-    "Raises FileNotFoundError that lists the studies."
+    "The notebook that a user names. Raises FileNotFoundError that lists the studies."
     named = checkout() / "nbs" / "studies" / f"{notebook}.ipynb"
     for path in (Path(notebook), named):
         if path.suffix == ".ipynb" and path.is_file():
@@ -290,7 +290,9 @@ def run(
     draw: bool = False,  # only draw what its record says, without training
     once: bool = False,  # do nothing where its record is there and says what is asked for
 ) -> dict:  # the record
-    "Raises FileNotFoundError or ValueError before any work, RuntimeError where the notebook fails."
+    """Runs a notebook with these parameters, or goes on with a run that was interrupted.
+
+    Raises FileNotFoundError or ValueError before any work, RuntimeError where the notebook fails."""
     path = find_notebook(notebook)
     with looking() as look:
         looked_at = look(path, {name: plain(value) for name, value in (parameters or {}).items()})

@@ -115,7 +115,9 @@ def import_files(
     recalls: str = "1,2,4,8",  # each K of Recall@K
     **options,  # data_path, backbone_type, image_size, test_resize, as for `import_earlier`
 ) -> list[str]:  # what was loaded, in words
-    "Raises FileNotFoundError, or ValueError where a file can't be read without running code, or does not fit."
+    """Makes a model and a database of what earlier code left, and tests them.
+
+    Raises FileNotFoundError, or ValueError where a file can't be read without running code, or does not fit."""
     from asyproxy.retrieval.earlier import import_earlier
 
     folder = Path(folder).expanduser()
@@ -141,7 +143,7 @@ def find_database(
     name: str,  # a folder, a run as `named` takes it, or ""
     near: Path | None = None,  # a notebook in its checkout; None: that of the current folder
 ) -> Path:  # of `load_database`
-    "Raises ValueError where there is none."
+    "The database that a user names. Raises ValueError where there is none."
     if not name:
         return _of_default_benchmark(near)
     path = user_path(name)

@@ -238,7 +238,9 @@ def check_experiment(
     experiment: Experiment,  # to be trained and tested
     data: ImageData,  # its images, of which none is opened
 ):
-    "Raises ValueError on what would fail later: device, loss, weights, sizes, classes to choose the epoch by, recalls."
+    """Whether an experiment can run on these images.
+
+    Raises ValueError on what would fail later: device, loss, weights, sizes, classes to choose the epoch by, recalls."""
     _check(experiment, pick_device(experiment.device))
     _check_weights(experiment)
     check_image_size(experiment.backbone_type, data.image_size)
