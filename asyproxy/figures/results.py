@@ -8,6 +8,7 @@ __all__ = ['FEW', 't_interval', 'curve', 'group_label', 'ticks', 'sweep', 'train
 # %% ../../nbs/figures/results.ipynb #b31e76c7
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -208,7 +209,8 @@ def _draw_cost(ax: plt.Axes, runs: pd.DataFrame, column: str):
         ax.plot(n, values, ms=4, **look(place))
         slope, name = _slope(n, values), clipped(method, lines=2)
         labels.append(name if np.isnan(slope) else f"{name}: $N^{{{slope:.1f}}}$")
-    place_legend(ax, ax.lines, labels, fontsize=6.5)
+    above: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 2}  # inside many hide lines
+    place_legend(ax, ax.lines, labels, fontsize=6.5, **(above if len(labels) > 4 else {}))
 
 # %% ../../nbs/figures/results.ipynb #7bb10711
 def scaling(
