@@ -20,6 +20,7 @@ from ..experiment import user_path
 from ..model import EmbeddingModel
 from .asking import ask_images, ask_items, search
 from .database import EmbeddingDatabase, evenly, picture
+from ..text import one_line, shortened
 
 # %% ../../nbs/retrieval/questions.ipynb #8134f34c
 def _files(text: str) -> list[Path]:
@@ -149,9 +150,10 @@ def in_words(
     "A line for each query: its nearest, by class or else by file, with their distances."
     lines = []
     for query, found in list(answers.groupby("query", sort=False))[:count]:
-        said = [f"{name or f'item {place}'} ({distance if isinstance(distance, int) else f'{distance:.3f}'}"
-                f"{', no match' * (match is False)})" for place, distance, name, match in _said(found[:each])]
-        lines.append(f"{_name(query, database)}: {', '.join(said)}")
+        said = [f"{shortened(one_line(name), 60) or f'item {place}'} "
+                f"({distance if isinstance(distance, int) else f'{distance:.3f}'}{', no match' * (match is False)})"
+                for place, distance, name, match in _said(found[:each])]
+        lines.append(f"{shortened(one_line(_name(query, database)), 60)}: {', '.join(said)}")
     return lines
 
 # %% ../../nbs/retrieval/questions.ipynb #bbd77eaa

@@ -139,9 +139,8 @@ def outlook(
     later = f", {total - len(batch.tasks)} follow from a search" if total > len(batch.tasks) else ""
     at_once = f"{workers} at a time" if workers > 1 else "one after the other"
     numbers = f"{total} runs, {complete} complete, {len(tasks)} as above{later}, {at_once}"
-    refused = batch.within("failed")
-    ahead = [_prospect(task) for task in tasks if task not in refused]
-    return [*ahead, *_refusals(refused), f"{batch.plan.name}: {numbers}", in_short(*cost, workers)]
+    ahead = [_prospect(task) for task in tasks if task.state != "failed"]
+    return [*ahead, *_refusals(batch.within("failed")), f"{batch.plan.name}: {numbers}", in_short(*cost, workers)]
 
 # %% ../../nbs/study/board.ipynb #e53dd5f0
 def _redraw(stream: TextIO, old: list[str], lines: list[str]) -> list[str]:
