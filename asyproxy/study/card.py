@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..files import write_atomically
 from .environment import output_folder
-from .inventory import inventory, named, of_size
+from .inventory import Entry, inventory, named, of_size
 from .parameters import described
 from .record import read_record
 from ..text import one_line
@@ -42,6 +42,11 @@ def _of_file(path: Path) -> Chosen:
     return Chosen(path)
 
 # %% ../../nbs/study/card.ipynb #3b3109d3
+def _kept(entry: Entry) -> Path:
+    "Where a run leaves its model."
+    return output_folder("runs", entry.identity, "best.safetensors")
+
+
 def _without_model(identity: str) -> ValueError:
     "What to say of a run that has no best.safetensors."
     folder = output_folder("runs", identity)
@@ -53,7 +58,7 @@ def _without_model(identity: str) -> ValueError:
 
 # %% ../../nbs/study/card.ipynb #579b591e
 def chosen_model(
-    name: str,  # a run as `named` takes it, or the path of a model file
+    name: str,  # a run as `named` takes it, of several the one with a record and a model; or the path of a file
 ) -> Chosen:
     """The model that a user names.
 
@@ -61,14 +66,13 @@ def chosen_model(
     path = Path(name).expanduser()
     if path.suffix == ".safetensors" or path.is_file():
         return _of_file(path)
-    entry = named(inventory(), name)
+    entry = named(inventory(), name, lambda one: bool(one.record) and _kept(one).is_file())
     if entry.record is None:
         told = f" ({one_line(entry.told)})" if entry.told else ""
         raise ValueError(f"expected a run that is complete, got {entry.identity}, which is {entry.state}{told}")
-    path = output_folder("runs", entry.identity, "best.safetensors")
-    if not path.is_file():
+    if not _kept(entry).is_file():
         raise _without_model(entry.identity)
-    return Chosen(path, entry.record)
+    return Chosen(_kept(entry), entry.record)
 
 # %% ../../nbs/study/card.ipynb #21bb50ae
 def _usual(data_name: str, image_size: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ __all__ = ['CLEANED', 'main_result', 'Entry', 'last_epoch', 'inventory', 'named'
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,18 +124,21 @@ def inventory(
 def named(
     entries: list[Entry],  # of `inventory`
     name: str,  # an id, or its beginning, or that of the hash at its end
+    wanted: Callable[[Entry], bool] | None = None,  # one of several that this is true of is meant; None: of no help
 ) -> Entry:
     "The run that a user names. Raises ValueError where none or several are meant."
     fitting = [entry for entry in entries if entry.identity == name] or [
         entry for entry in entries
         if entry.identity.startswith(name) or entry.identity.rpartition("-")[2].startswith(name)]
+    if wanted and len(fitting) > 1:
+        fitting = list(filter(wanted, fitting)) or fitting
     if len(fitting) == 1:
         return fitting[0]
-    names = [entry.identity for entry in fitting or entries]
+    names = [entry.identity for entry in reversed(fitting or entries)]
     if not fitting:
         raise ValueError(f"expected one of the {len(names)} runs, got {name}{hint(name, names)}")
     shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-    raise ValueError(f"expected the name of one run, got {name}, which {len(names)} have: {shown}")
+    raise ValueError(f"expected the name of one run, got {name}, which {len(names)} have, the newest first: {shown}")
 
 # %% ../../nbs/study/inventory.ipynb #2855c599
 def chosen(

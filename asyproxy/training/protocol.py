@@ -240,7 +240,7 @@ def check_experiment(
 ):
     """Whether an experiment can run on these images.
 
-    Raises ValueError on what would fail later: device, loss, weights, sizes, classes to choose the epoch by, recalls."""
+    Raises ValueError on what would fail later: device, loss, weights, sizes, classes to choose by, recalls."""
     _check(experiment, pick_device(experiment.device))
     _check_weights(experiment)
     check_image_size(experiment.backbone_type, data.image_size)
