@@ -196,8 +196,9 @@ def _add_above_all(query, levels, number):
 
 # %% ../../nbs/evaluation/kernels.ipynb #85b8dc03
 @_inlined()
-def _add(query, levels, level, value):
+def _add(query, levels, value):
     beyond = query.first + query.alive
+    level = _find(levels, query.first, beyond, value)
     if level == beyond:
         return levels[beyond - 1].value
     if levels[level].value == value:
@@ -209,17 +210,13 @@ def _add(query, levels, level, value):
 
 # %% ../../nbs/evaluation/kernels.ipynb #a2ad71d7
 @_inlined()
-def _place(query, levels, lower, upper):
-    "Of a similarity from lower to upper, if it is the same wherever it lies, else -1; beyond the last level: below all."
+def _decided(query, levels, lower, upper):
+    "Whether a similarity from lower to upper is counted in the same way wherever it lies."
     beyond = query.first + query.alive
-    if upper < levels[beyond - 1].value:
-        return beyond
+    if lower == upper or upper < levels[beyond - 1].value:
+        return True
     level = _find(levels, query.first, beyond, lower)
-    if lower == upper:
-        return level
-    alone = level < beyond and levels[level].value != lower and (
-        level == query.first or levels[level - 1].value > upper)
-    return level if alone else -1
+    return level < beyond and levels[level].value != lower and _find(levels, query.first, level, upper) == level
 
 # %% ../../nbs/evaluation/kernels.ipynb #e1b5a8ed
 class Tile(NamedTuple):
@@ -288,28 +285,20 @@ def _compare_row(products, query, left, row, columns, flags, above, ties):
 
 # %% ../../nbs/evaluation/kernels.ipynb #75709c63
 @_inlined()
-def _settle(query, lower, upper, value, q, c, x, y, counts):
-    "Counts the pair of q and c for a query, which is one of them; value: their similarity, NaN: not known yet; returns it."
-    level = _place(counts.queries[query], counts.levels, lower, upper)
-    if level < 0:
-        if np.isnan(value):
-            value = _similarity(x, q, y, c)
-        level = _place(counts.queries[query], counts.levels, value, value)
-    counts.low[query] = _add(counts.queries[query], counts.levels, level, lower if np.isnan(value) else value)
-    return value
-
-
-@_inlined()
 def _settle_flagged(q, products, left, flags, words, x, y, counts):
     for word in range(len(words)):
         if words[word]:
             for j in range(8 * word, min(8 * word + 8, len(products))):
-                c, value = left + j, np.nan
+                of_row, of_column, c = flags[j] & 1, flags[j] & 2, left + j
                 lower, upper = _bounds(products[j], x.scale[q], x.error[q], y.scale[c], y.error[c])
-                if flags[j] & 1:
-                    value = _settle(q, lower, upper, value, q, c, x, y, counts)
-                if flags[j] & 2:
-                    _settle(c, lower, upper, value, q, c, x, y, counts)
+                value = np.float64(lower)
+                if (of_row and not _decided(counts.queries[q], counts.levels, lower, upper)
+                        or of_column and not _decided(counts.queries[c], counts.levels, lower, upper)):
+                    value = _similarity(x, q, y, c)
+                if of_row:
+                    counts.low[q] = _add(counts.queries[q], counts.levels, value)
+                if of_column:
+                    counts.low[c] = _add(counts.queries[c], counts.levels, value)
 
 # %% ../../nbs/evaluation/kernels.ipynb #eb08ce46
 @_inlined()
