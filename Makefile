@@ -26,7 +26,7 @@ explore: $(VENV)/ready
 	$(BIN)/python -m asyproxy.page.serving "$(DATABASE)"
 
 lab: $(VENV)/ready
-	$(BIN)/jupyter lab --ServerApp.root_dir=. nbs/index.ipynb
+	$(BIN)/jupyter lab --log-level=WARN --ServerApp.root_dir=. nbs/index.ipynb
 
 # The notebooks as they are, with the outputs that they hold, as a site; needs no network.
 docs: $(VENV)/ready
