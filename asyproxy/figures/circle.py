@@ -77,7 +77,7 @@ def circles(
 # %% ../../nbs/figures/circle.ipynb #4e338e5c
 def _draw_path(ax: plt.Axes, proxies: np.ndarray):
     "A line for the proxy of each class, (epochs + 1, C, 2)."
-    angles = np.rad2deg(np.unwrap(np.arctan2(proxies[..., 1], proxies[..., 0]), axis=0))
+    angles = np.rad2deg(np.unwrap(np.arctan2(proxies[..., 1], proxies[..., 0]), axis=0)).round(6)
     for c in range(angles.shape[1]):
         ax.plot(angles[:, c], ls="-", ms=2.5, markevery=5, lw=1, **_class_style(c))
     ax.yaxis.set_major_locator(plt.MultipleLocator(90))
