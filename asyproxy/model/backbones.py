@@ -7,7 +7,7 @@ __all__ = ['BACKBONES', 'describe_backbone', 'build_backbone', 'check_image_size
 
 # %% ../../nbs/model/backbones.ipynb #7f2a3f76
 from collections.abc import Collection
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,14 @@ def build_backbone(
     return net
 
 # %% ../../nbs/model/backbones.ipynb #ff35b978
+@cache
 @torch.no_grad()
+def _try_size(backbone_type: str, image_size: int):
+    "Without weights and pixels; raises whatever one of a thousand networks raises."
+    with torch.device("meta"):
+        describe_backbone(backbone_type).build().eval()(torch.empty(1, 3, image_size, image_size))
+
+
 def check_image_size(
     backbone_type: str,  # one of `BACKBONES`, or timm:NAME
     image_size: int,  # side of the square that it is to see, in pixels
@@ -143,9 +150,8 @@ def check_image_size(
     "Raises ValueError where a backbone does not take images of that size; it names the size of its training."
     backbone = describe_backbone(backbone_type)
     try:
-        with torch.device("meta"):
-            backbone.build().eval()(torch.empty(1, 3, image_size, image_size))
-    except Exception as error:  # whatever one of a thousand networks raises
+        _try_size(backbone_type, image_size)
+    except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"expected images of a size that {backbone_type} takes, such as "
                          f"image_size={backbone.image_size}, got {image_size}: {reason}") from error
