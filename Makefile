@@ -13,7 +13,7 @@ study: $(VENV)/ready
 	$(BIN)/asyproxy report
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -q -rs -n 2 -p no:cacheprovider .ci/test_project.py
+	$(BIN)/python -m pytest -q -rs -n 2 --dist worksteal -p no:cacheprovider .ci/test_project.py
 
 bench: $(VENV)/ready
 	$(BIN)/asyproxy run input_pipeline
