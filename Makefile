@@ -11,6 +11,7 @@ study: $(VENV)/ready
 	@set -e; for seed in 0 1 2; do for loss in moving learnable; do \
 	  echo "asyproxy run benchmark -p loss $$loss -p seed $$seed"; $(BIN)/asyproxy run benchmark -p loss $$loss -p seed $$seed; done; done
 	$(BIN)/asyproxy report
+	@$(BIN)/python .ci/project.py retell
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -q -rs -n 2 --dist worksteal -p no:cacheprovider .ci/test_project.py

@@ -43,6 +43,12 @@ def library() -> list[Path]:
     return [path for path in sorted((ROOT / "nbs").rglob("*.ipynb")) if path.parent.name not in others]
 
 
+def pages() -> list[Path]:
+    "Those that are read and tell what is on record."
+    return [path for path in library() if path.parent.name in ("nbs", "guides")
+            and "study import read_records" in path.read_text()]
+
+
 def studies() -> list[Path]:
     "The notebooks with parameters."
     return sorted((ROOT / "nbs" / "studies").glob("*.ipynb"))
@@ -197,7 +203,23 @@ def build(paths: list[Path]):
     (ROOT / "README.md").write_text(readme())
 
 
+def repeated(root: Path = ROOT) -> set[str]:
+    "Runs whose record is no longer what was committed; none where git can't say."
+    asked = ["git", "diff", "--name-only", "--diff-filter=M", "HEAD", "--", "figures/records"]
+    said = subprocess.run(asked, cwd=root, capture_output=True, text=True)
+    return {Path(line).stem for line in said.stdout.splitlines()}
+
+
+def retell(paths: list[Path]):
+    "Lets outputs, pages and README tell what this machine found, if that is not what was committed."
+    if runs := repeated():
+        print(f"{len(runs)} records are not as committed, which is so on another kind of processor; pages follow them")
+        show([path for path in paths or studies() if path.stem == "report" or default_run(path.stem) in runs])
+        build(pages())
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] not in (["build"], ["outputs"]):
-        sys.exit("usage: project.py build|outputs [NOTEBOOK ...]")
-    {"build": build, "outputs": show}[sys.argv[1]]([Path(path).resolve() for path in sys.argv[2:]])
+    if sys.argv[1:2] not in (["build"], ["outputs"], ["retell"]):
+        sys.exit("usage: project.py build|outputs|retell [NOTEBOOK ...]")
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # of nbdev's commands
+    {"build": build, "outputs": show, "retell": retell}[sys.argv[1]]([Path(path).resolve() for path in sys.argv[2:]])

@@ -24,7 +24,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from project import ROOT, default_run, executed, hear, library, outputs_of, readme, studies, try_notebook
+from project import ROOT, default_run, executed, hear, library, outputs_of, pages, readme, repeated, studies, try_notebook
 
 from asyproxy.experiment import Experiment, parameters_cell, smallest
 from asyproxy.fixtures.notebooks import write_study
@@ -82,15 +82,26 @@ def test_package_is_what_the_notebooks_export(copy):
     assert not changed, f"expected modules as exported, got others: {', '.join(changed)}: run nbdev_export"
 
 
-PAGES = [path for path in library() if path.parent.name in ("nbs", "guides")
-         and "study import read_records" in path.read_text()]
-
-
-@pytest.mark.parametrize("path", PAGES, ids=name)
+@pytest.mark.parametrize("path", pages(), ids=name)
 def test_pages_say_what_the_records_say(path, tmp_path):
     "They are run again: a number that was typed, in the page or in the notebook's outputs, is another one then."
     call("jupyter", "nbconvert", "--to", "notebook", "--execute", "--output-dir", tmp_path, path)
     assert readme(path) == readme(tmp_path / path.name), f"expected other outputs of {name(path)}: make build"
+
+
+def test_records_of_another_machine_are_noticed(tmp_path):
+    "Changed records, not new ones; outside of a repository there are none."
+    records = tmp_path / "figures" / "records"
+    records.mkdir(parents=True)
+    for run_id in ("one-0", "two-0"):
+        (records / f"{run_id}.json").write_text("{}")
+    assert repeated(tmp_path) == set()
+    for words in ("init", "add .", "-c user.name=test -c user.email= commit -m first"):
+        call("git", *words.split(), cwd=tmp_path)
+    assert repeated(tmp_path) == set()
+    for run_id in ("two-0", "three-0"):
+        (records / f"{run_id}.json").write_text('{"other": 1}')
+    assert repeated(tmp_path) == {"two-0"}
 
 
 def test_readme_is_the_index():
@@ -782,7 +793,7 @@ def is_short(path: Path) -> bool:
     return path.stem not in ("protocol", "fuzz", "counting")
 
 
-@pytest.mark.parametrize("path", sorted(set(library()) - set(PAGES), key=lambda path: (is_short(path), path)), ids=name)
+@pytest.mark.parametrize("path", sorted(set(library()) - set(pages()), key=lambda path: (is_short(path), path)), ids=name)
 def test_library_notebook(path, tmp_path, monkeypatch):
     "As `nbdev_test` does it, in a process that is forked from one in which torch is there: that takes seconds a notebook."
     for variable, value in ENVIRONMENT.items():
