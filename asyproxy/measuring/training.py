@@ -20,6 +20,7 @@ from ..loss.gradient import RowWiseProxyLoss
 from ..loss.moving import MovedProxyLoss, losses_and_slopes
 from .process import peak_memory, reset_peak_memory, resident_memory, time_calls
 from ..model import EmbeddingModel
+from ..model.depthwise import DepthwiseConv2d
 from ..training.devices import set_precision
 from ..training.loop import Step, _pass, take_step
 
@@ -175,8 +176,15 @@ class _ChannelByChannel(EmbeddingModel):
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         return super().normalise(images).contiguous()
 
+
+def _with_plain_depthwise(net: nn.Module):
+    "Depthwise convolutions as torch has them."
+    for module in net.modules():
+        if type(module) is DepthwiseConv2d:
+            module.__class__ = nn.Conv2d
+
 # %% ../../nbs/measuring/training.ipynb #0b3459c6
-WAYS = ("contiguous", "compiled", "graphs")
+WAYS = ("contiguous", "plain", "compiled", "graphs")
 
 
 def _asked(how: str, device: torch.device) -> tuple[str, set[str]]:
@@ -200,6 +208,8 @@ def _trainer(how: str, backbone_type: str, device: torch.device):
     earlier = precision == "earlier"
     kind = _ChannelByChannel if earlier or "contiguous" in ways else EmbeddingModel
     model = kind(backbone_type, 512, weights="random").to(device)
+    if earlier or "plain" in ways:
+        _with_plain_depthwise(model)
     autocast = _as_by_default() if earlier else set_precision(precision, device)
     criterion = build_loss("moving", 100, 512, temperature=0.1, momentum=0.5).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=not earlier)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..experiment import hint
+from .depthwise import with_quick_depthwise
 from .entry import Backbone, GlobalMaxPool
 from .timm_models import timm_backbone, timm_names
 from .weights import fetch_weights, load_backbone_weights, read_weights
@@ -127,7 +128,7 @@ def build_backbone(
     elif weights == "pretrained" and not backbone.load_packaged:
         raise ValueError('expected weights="random" or a local file: '
                          f"there are no pretrained weights for {backbone_type}")
-    net = backbone.build()
+    net = with_quick_depthwise(backbone.build())
     if weights == "pretrained" and backbone.load_packaged:
         backbone.load_packaged(net)
     elif weights != "random":

@@ -127,7 +127,7 @@ class TrainingSpeed(Checked):
     feature_dim: int = same(Experiment, "feature_dim", small=None)
     rounds: int = parameter(3, "each measurement once a round, in turn", within="[1, inf)", small=1)
     steps: int = parameter(5, "of which the median counts", within="[1, inf)", small=1)
-    backbone_type: str = same(Experiment, "backbone_type", "resnet18")
+    backbone_type: str = same(Experiment, "backbone_type")
     image_size: int = parameter(64, "side of an image in pixels", within="[8, inf)", small=16)
     batch_size: int = same(Experiment, "batch_size", small=4)
     data_name: str = parameter("digits", "on which the precisions are compared", choices=("digits", "glyphs"))
