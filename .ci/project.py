@@ -114,7 +114,9 @@ def write_parameters(path: Path):
 def execute(path: Path):
     "Runs a notebook and keeps its outputs, without progress bars and warnings, which are noise when it is read."
     command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace", path]
-    subprocess.run(command, check=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{done.stderr}\n{path.name} did not run to its end: see above")
     notebook = nbformat.read(path, 4)
     drop_noise(notebook)
     for name in ("language_info", "widgets"):
@@ -213,7 +215,8 @@ def repeated(root: Path = ROOT) -> set[str]:
 def retell(paths: list[Path]):
     "Lets outputs, pages and README tell what this machine found, if that is not what was committed."
     if runs := repeated():
-        print(f"{len(runs)} records are not as committed, which is so on another kind of processor; pages follow them")
+        print(f"{len(runs)} records are not as committed: another processor or number of threads rounds otherwise. "
+              "Pages that tell of them:", flush=True)
         show([path for path in paths or studies() if path.stem == "report" or default_run(path.stem) in runs])
         build(pages())
 

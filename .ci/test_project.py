@@ -800,7 +800,7 @@ def test_library_notebook(path, tmp_path, monkeypatch):
         monkeypatch.setenv(variable, value)
     monkeypatch.chdir(ROOT)
     context, said = multiprocessing.get_context("forkserver"), tmp_path / "said.txt"
-    context.set_forkserver_preload(["nbdev.test", "torch", "pandas"])
+    context.set_forkserver_preload(["nbdev.test", "torchvision", "pandas"])
     process = context.Process(target=try_notebook, args=(str(path), str(said)))
     process.start()
     process.join()
