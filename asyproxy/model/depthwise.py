@@ -12,7 +12,7 @@ from torch import nn
 
 # %% ../../nbs/model/depthwise.ipynb #216ec083
 class DepthwiseConv2d(nn.Conv2d):
-    "What `nn.Conv2d` is with a group for each channel, an odd square kernel and half of it as padding."
+    "`nn.Conv2d` with a group for each channel, an odd square kernel and half of it as padding: the same values."
 
     def forward(
         self,
