@@ -169,10 +169,10 @@ def executed(study: Path, run_id: str, output: Path) -> Path:
     "The notebook of a run: drawn from its record, or as it ran where it measures while it draws."
     from asyproxy.study.run import draws_again
 
-    folder = output / "runs" / run_id
+    folder, record = output / "runs" / run_id, output / "figures" / "records" / f"{run_id}.json"
     if not draws_again(study):
         return folder / study.name
-    if (drawn := folder / "drawn.ipynb").exists():
+    if (drawn := folder / "drawn.ipynb").exists() and drawn.stat().st_mtime >= record.stat().st_mtime:
         return drawn
     folder.mkdir(parents=True, exist_ok=True)  # or what is drawn there goes
     environment = os.environ | {"ASYPROXY_OUTPUT": str(output)}
