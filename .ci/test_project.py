@@ -790,7 +790,7 @@ def test_page_is_refused_without_a_database(tmp_path):
 
 
 def is_short(path: Path) -> bool:
-    return path.stem not in ("protocol", "fuzz", "counting")
+    return path.stem not in ("protocol", "fuzz", "counting", "sharded", "run")
 
 
 @pytest.mark.parametrize("path", sorted(set(library()) - set(pages()), key=lambda path: (is_short(path), path)), ids=name)

@@ -125,7 +125,7 @@ def shipped_plan(
     "A plan of the project, to be read. Raises as `read_plan` does."
     for variable in ("ASYPROXY_DATA", "ASYPROXY_CARS"):
         os.environ.setdefault(variable, variable)
-    return read_plan(checkout() / "nbs" / "studies" / "plans" / f"{name}.yaml")
+    return read_plan(checkout() / "nbs" / "studies" / "plans" / f"{name}.yaml", names=False)
 
 
 def chosen_settings(

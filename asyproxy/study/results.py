@@ -195,7 +195,7 @@ def differing(
 ) -> list[str]:
     "The parameters that have more than one value; where one does not matter, it has none."
     names = [name for name in group_columns(rows) if name != "fingerprint"]
-    return [name for name in names if rows.loc[rows[name].map(str) != "", name].map(str).nunique() > 1]
+    return [name for name in names if len(set(map(str, rows[name])) - {""}) > 1]
 
 
 def value_text(
@@ -222,5 +222,5 @@ def in_common(
 ) -> str:  # such as "data glyphs, backbone lite0, lr 0.0002"
     "The parameters that have the same value in every row, to be said once above a table."
     rows = labelled(results)
-    names = [name for name in group_columns(rows) if name != "fingerprint" and name not in differing(rows)]
-    return in_words(rows[:1], names)[0]
+    same = [name for name in group_columns(rows) if name not in {"fingerprint", *differing(rows)}]
+    return in_words(rows[:1], same)[0]
