@@ -184,7 +184,8 @@ def training_curves(
         places = plt.MaxNLocator(integer=True).tick_values(1, longest)
         places = places[(places >= 1) & (places <= longest)]
         ticks(ax, places, places)
-    chosen = sorted({str(record.get("select")).replace("recall", "Recall") for record in records})
+    by = {str(record.get("select")) for record in records}
+    chosen = sorted("MAP@R" if name == "map@r" else name.replace("recall", "Recall") for name in by)
     low, high = axes[1].get_ylim()
     axes[0].set(xlabel="epoch", ylabel="training loss")
     axes[1].set(xlabel="epoch", ylabel=f"{' or '.join(chosen)} (%),\nvalidation classes")
