@@ -1,5 +1,5 @@
 """`project.py build` makes what is made from the notebooks, `project.py outputs` shows in the studies what their runs
-found; `test_project.py` checks both."""
+found, `project.py retell` does so where a machine found something else; `test_project.py` checks them."""
 
 import base64
 import io
@@ -194,15 +194,21 @@ def show(paths: list[Path]):
     subprocess.run(["nbdev_clean", "--fname", ROOT / "nbs"], check=True, cwd=ROOT)
 
 
-def build(paths: list[Path]):
-    subprocess.run(["nbdev_export"], check=True, cwd=ROOT)
-    for path in studies():
-        write_parameters(path)
-    for path in paths or library():
+def tell(paths: list[Path]):
+    "Executes notebooks, and makes README of the index."
+    for path in paths:
         print(path.relative_to(ROOT), flush=True)
         execute(path)
     subprocess.run(["nbdev_clean", "--fname", ROOT / "nbs"], check=True, cwd=ROOT)
     (ROOT / "README.md").write_text(readme())
+
+
+def build(paths: list[Path]):
+    "All that is made from the notebooks, and the outputs of these or of the whole library."
+    subprocess.run(["nbdev_export"], check=True, cwd=ROOT)
+    for path in studies():
+        write_parameters(path)
+    tell(paths or library())
 
 
 def repeated(root: Path = ROOT) -> set[str]:
@@ -218,7 +224,7 @@ def retell(paths: list[Path]):
         print(f"{len(runs)} records are not as committed: another processor or number of threads rounds otherwise. "
               "Pages that tell of them:", flush=True)
         show([path for path in paths or studies() if path.stem == "report" or default_run(path.stem) in runs])
-        build(pages())
+        tell(pages())
 
 
 if __name__ == "__main__":

@@ -84,7 +84,8 @@ def short_table(
 ) -> pd.DataFrame:  # text, in percent: loss, what differs, seeds, the first and the last Recall@K, MAP@R
     "The summary of runs before training and at the epoch that was chosen."
     rows = selected_runs(results)
-    columns = ["loss", *(name for name in SHORT if name in differing(rows))]
+    differ = differing(rows)
+    columns = ["loss", *(name for name in SHORT if name in differ)]
     recalls = recall_names(rows)
     metrics = [*dict.fromkeys([recalls[0], recalls[-1]]), "map@r"]
     return _summary(rows, columns, metrics).drop(columns="stage")
