@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .codes import Coded, Workers, blocks, coded, products, rows_of
-from .kernels import LEVEL, QUERY, Counts, Tile, fill_levels, fill_squares, scan
+from .codes import Coded, Workers, blocks, coded, columns_of, products, rows_of, tile_of
+from .kernels import LEVEL, QUERY, Counts, fill_levels, fill_squares, scan, write_places
 from .levels import Levels, Side
 
 # %% ../../nbs/evaluation/counting.ipynb #34c60c6f
@@ -21,8 +21,9 @@ def squared_norms(
     embeddings: torch.Tensor,  # (N, D), float32 or float64, on the CPU
 ) -> torch.Tensor:  # (N,), float64
     "Not finite where a row isn't."
-    squares = torch.empty(len(embeddings), dtype=torch.float64)
-    fill_squares(embeddings.numpy(), squares.numpy())
+    rows, squares = embeddings.numpy(), torch.empty(len(embeddings), dtype=torch.float64)
+    with Workers() as workers:
+        list(workers.map(lambda block: fill_squares(rows[block], squares.numpy()[block]), blocks(len(rows))))
     return squares
 
 # %% ../../nbs/evaluation/counting.ipynb #7d8ba80c
@@ -44,7 +45,9 @@ def _tables(own: np.ndarray, itself: np.ndarray, best_only: bool) -> Counts:
     queries["relevant"] = own[:, 1] - own[:, 0] - (itself >= 0)
     room = np.minimum(queries["relevant"], 1) if best_only else queries["relevant"]
     queries["first"] = np.cumsum(room) - room
-    return Counts(queries, np.empty(room.sum(), LEVEL), *np.empty((2, len(own)), np.float32))
+    queries["floor"] = -np.inf
+    levels = room.sum()
+    return Counts(queries, np.empty(levels), np.empty(levels, LEVEL), *np.empty((2, len(own)), np.float32))
 
 # %% ../../nbs/evaluation/counting.ipynb #0612da5a
 def _fill(x: Coded, y: Coded, counts: Counts, best_only: bool, workers: Workers):
@@ -56,14 +59,15 @@ def _fill(x: Coded, y: Coded, counts: Counts, best_only: bool, workers: Workers)
     list(workers.map(fill, blocks(len(counts.queries))))
 
 # %% ../../nbs/evaluation/counting.ipynb #0216128e
-def _scan_all(x: Coded, y: Coded, counts: Counts, symmetric: bool, workers: Workers, bar: tqdm):
-    "Counts the negatives of queries x among y; if symmetric, x is y."
+def _scan_all(x: Coded, y: Coded, counts: Counts, symmetric: bool, best_only: bool, workers: Workers, bar: tqdm):
+    "Counts the negatives of queries x among y; if symmetric, x is y; best_only: queries have one level."
     rows, columns = blocks(len(counts.queries)), blocks(len(y.order))
 
     def scan_tile(row: slice, column: slice):
-        tile = Tile(products(x, row, y, column, workers), row.start, column.start)
+        tile = tile_of(x, row, y, column, workers)
         above, ties = np.zeros((2, column.stop - column.start), np.float32)
-        scan(tile, above if symmetric else None, ties if y.binary else None, x.items, y.items, counts)
+        words = None if y.binary and best_only else np.zeros(-(-len(above) // 8), np.uint64)
+        scan(tile, words, above if symmetric else None, ties if y.binary else None, x.items, y.items, counts)
 
     def scan_row(row: slice):
         for column in columns:
@@ -76,6 +80,37 @@ def _scan_all(x: Coded, y: Coded, counts: Counts, symmetric: bool, workers: Work
                 bar.update()
     else:
         list(workers.map(scan_row, rows))
+
+# %% ../../nbs/evaluation/counting.ipynb #b96c4875
+def _sample(y: Coded) -> Coded:
+    "A block of a gallery, taken at equal distances: all classes have their share."
+    sample = _part(y, np.linspace(0, len(y.order) - 1, blocks(len(y.order))[0].stop).astype(int))
+    return sample._replace(codes=[columns_of(sample.items.exact)]) if y.binary else sample
+
+
+def _guess_floors(x: Coded, y: Coded, counts: Counts, workers: Workers):
+    "Nearly all of the queries x have R items of y above their floor."
+    sample, relevant = _sample(y), counts.queries["relevant"]
+    size = len(sample.order)
+    expected = relevant * (size / len(y.order))  # of R items in the sample
+    place = np.ceil(expected + 2.5 * np.sqrt(expected)).astype(int) + 1  # 2.5 standard deviations, and one itself
+
+    def guess(block):
+        near = products(x, block, sample, slice(0, size), workers).astype(np.float32)
+        near *= sample.items.scale
+        near.sort(axis=1)
+        guessed = near[np.arange(len(near)), -np.minimum(place[block], size)] * x.items.scale[block]
+        floor = np.where(place[block] > size, -np.inf, np.minimum(guessed, counts.high[block]))
+        counts.queries["floor"][block], counts.low[block] = floor, np.maximum(counts.low[block], floor)
+
+    list(workers.map(guess, blocks(len(relevant))))
+
+# %% ../../nbs/evaluation/counting.ipynb #8a4482a6
+def _above_their_levels(counts: Counts) -> np.ndarray:
+    "Queries whose floor is above a level that counts."
+    queries = np.flatnonzero(counts.queries["relevant"])
+    first, alive, floor = (counts.queries[name][queries] for name in ("first", "alive", "floor"))
+    return queries[counts.values[first + alive - 1].astype(np.float32) < floor]
 
 # %% ../../nbs/evaluation/counting.ipynb #dca26123
 LEVELS = 2**21  # levels kept at a time
@@ -91,38 +126,33 @@ def _parts(relevant: np.ndarray) -> list[slice]:
     return parts
 
 # %% ../../nbs/evaluation/counting.ipynb #f8087fae
-def _part(side: Coded, part: slice) -> Coded:
+def _part(side: Coded, part: slice | np.ndarray) -> Coded:
     "Some of the items of a side, as queries."
     codes = side.codes if side.binary else side.codes[part]
     return Coded(side.order[part], side.labels[part], rows_of(side.items, part), codes)
 
-# %% ../../nbs/evaluation/counting.ipynb #f832a864
-def _ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:  # (sum of count,)
-    "first[0], first[0] + 1, ..., count[0] of them, then as many as count[1] from first[1], and so on."
-    places = np.arange(count.sum())  # in the result; each run begins at the sum of those before it
-    return np.repeat(first - (np.cumsum(count) - count), count) + places
-
 # %% ../../nbs/evaluation/counting.ipynb #bfefca9f
-def _finished(order: np.ndarray, counts: Counts) -> Levels:
-    "Queries with a positive, by their row, and their levels that count."
-    queries = counts.queries
-    answerable = queries["relevant"] > 0
-    start = np.r_[0, np.cumsum(queries["alive"][answerable])]
-    levels = counts.levels[_ranges(queries["first"], queries["alive"])]
-    negatives = np.cumsum(levels["between"].astype(np.int64) + levels["equal"])
-    negatives -= np.repeat(np.r_[0, negatives][start[:-1]], np.diff(start))  # of this query, down to this level
-    above = levels["before"] + negatives - levels["equal"]
-    relevant = queries["relevant"][answerable].astype(np.int64)
-    positives, before = (levels[name].astype(np.int64) for name in ("positives", "before"))
-    return Levels(order[answerable], relevant, start, above, positives + levels["equal"], positives, before)
+def _finished(order: np.ndarray, counts: Counts, chosen: np.ndarray) -> Levels:
+    "Chosen queries, all with a positive, by their row, and their levels that count."
+    start = np.r_[0, np.cumsum(counts.queries["alive"][chosen])]
+    places = np.empty((4, start[-1]), np.int64)
+    write_places(counts, chosen, start, *places)
+    return Levels(order[chosen], counts.queries["relevant"][chosen].astype(np.int64), start, *places)
 
 # %% ../../nbs/evaluation/counting.ipynb #48c3d29c
-def _part_levels(x: Coded, y: Coded, own, itself, symmetric, best_only, workers: Workers, bar: tqdm) -> Levels:
-    "Of queries x among y; own, itself and best_only as in _tables, symmetric as in _scan_all."
+def _part_levels(x, y, own, itself, symmetric, best_only, guess, workers: Workers, bar: tqdm) -> list[Levels]:
+    "Of queries x among y; own, itself and best_only as in _tables, symmetric as in _scan_all; guess: floors first."
     counts = _tables(own, itself, best_only)
     _fill(x, y, counts, best_only, workers)
-    _scan_all(x, y, counts, symmetric, workers, bar)
-    return _finished(x.order, counts)
+    if guess:
+        _guess_floors(x, y, counts, workers)
+    _scan_all(x, y, counts, symmetric, best_only, workers, bar)
+    answerable, again = np.flatnonzero(counts.queries["relevant"]), _above_their_levels(counts)
+    found = [_finished(x.order, counts, np.setdiff1d(answerable, again, assume_unique=True))]
+    if len(again):
+        bar.total += len(blocks(len(again))) * len(blocks(len(y.order)))
+        found += _part_levels(_part(x, again), y, own[again], itself[again], False, best_only, False, workers, bar)
+    return found
 
 # %% ../../nbs/evaluation/counting.ipynb #e74aedde
 def _bar(parts: list[slice], gallery_size: int, symmetric: bool, progress: bool) -> tqdm:
@@ -151,8 +181,8 @@ def counted_levels(
         itself = np.arange(len(own)) if gallery is None else np.full(len(own), -1)
         parts = _parts(np.diff(own)[:, 0] * (not best_only))
         symmetric = gallery is None and len(parts) == 1
+        guess = not best_only and len(blocks(len(y.order))) >= 4
         with _bar(parts, len(y.order), symmetric, progress) as bar:
             for part in parts:
-                levels = _part_levels(_part(x, part), y, own[part], itself[part], symmetric, best_only, workers, bar)
-                if len(levels.query):
-                    yield levels
+                asked = _part(x, part), y, own[part], itself[part], symmetric, best_only, guess
+                yield from (levels for levels in _part_levels(*asked, workers, bar) if len(levels.query))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INLINED', 'FAST', 'LEVEL', 'QUERY', 'PLACE', 'ROUNDING', 'compiled', 'Counts', 'Items', 'ones', 'fill_squares',
-           'round_rows', 'Tile', 'Known', 'scan', 'fill_levels']
+           'round_rows', 'minus_hamming', 'Tile', 'Known', 'scan', 'fill_levels', 'write_places']
 
 # %% ../../nbs/evaluation/kernels.ipynb #f4433fc0
 from typing import NamedTuple
@@ -40,7 +40,6 @@ FAST = {"reassoc", "contract", "nsz"}  # of LLVM's fastmath
 
 # %% ../../nbs/evaluation/kernels.ipynb #1049e108
 LEVEL = np.dtype([
-    ("value", "f8"),  # the similarity
     ("positives", "i4"),  # positives at the level
     ("before", "i4"),  # positives above it
     ("between", "i4"),  # negatives between it and the level above
@@ -56,14 +55,16 @@ QUERY = np.dtype([
     ("first", "i8"),  # its first level
     ("alive", "i4"),  # levels that count
     ("negatives", "i4"),  # negatives at or above these
+    ("floor", "f4"),  # similarities below it are not counted
 ])
 
 # %% ../../nbs/evaluation/kernels.ipynb #560f6f68
 class Counts(NamedTuple):
     "What has been counted for some queries."
     queries: np.ndarray  # (Q,), QUERY
+    values: np.ndarray  # (L,), float64, similarities of the levels
     levels: np.ndarray  # (L,), LEVEL
-    low: np.ndarray  # (Q,), float32, the lowest level that counts
+    low: np.ndarray  # (Q,), float32, the lowest level that counts, or the floor
     high: np.ndarray  # (Q,), float32, the highest
 
 # %% ../../nbs/evaluation/kernels.ipynb #f7852ae6
@@ -82,10 +83,11 @@ class Items(NamedTuple):
 
 # %% ../../nbs/evaluation/kernels.ipynb #262e42b8
 @compiled(fastmath=FAST)
-def _dot(x, i, y, j):
+def _dot(row, y, j):
+    "Of a row in float64 and row j of y."
     total = 0.0
-    for k in range(x.shape[1]):
-        total += np.float64(x[i, k]) * np.float64(y[j, k])
+    for k in range(len(row)):
+        total += row[k] * np.float64(y[j, k])
     return total
 
 
@@ -113,20 +115,41 @@ def _hamming(x, i, y, j):
     return total
 
 # %% ../../nbs/evaluation/kernels.ipynb #2df8ac1d
-def _similarity(x, i, y, j):
-    "Of item i of x and item j of y, in compiled code: of words if they are codes, else of embeddings."
+def _are_codes(items):
+    "By the type of the items."
+    return items.types[items.fields.index("exact")].dtype == types.uint64
+
+
+def _write_out(x, i, row):
+    "The embedding of item i of x into row (D,), float64, in compiled code; nothing for codes."
+
+
+@overload(_write_out, jit_options=INLINED)
+def _write_out_for(x, i, row):
+    def of_codes(x, i, row):
+        pass
+
+    def of_embeddings(x, i, row):
+        source = x.exact[x.place[i].row]
+        for k in range(len(row)):
+            row[k] = source[k]
+
+    return of_codes if _are_codes(x) else of_embeddings
+
+
+def _similarity(x, i, row, y, j):
+    "Of item i of x, written out in row, and item j of y, in compiled code."
 
 
 @overload(_similarity, jit_options=INLINED)
-def _similarity_for(x, i, y, j):
-    def of_codes(x, i, y, j):
+def _similarity_for(x, i, row, y, j):
+    def of_codes(x, i, row, y, j):
         return -np.float64(_hamming(x.exact, i, y.exact, j))
 
-    def of_embeddings(x, i, y, j):
-        one, other = x.place[i], y.place[j]
-        return _cosine(_dot(x.exact, one.row, y.exact, other.row), one.square * other.square)
+    def of_embeddings(x, i, row, y, j):
+        return _cosine(_dot(row, y.exact, y.place[j].row), x.place[i].square * y.place[j].square)
 
-    return of_codes if x.types[x.fields.index("exact")].dtype == types.uint64 else of_embeddings
+    return of_codes if _are_codes(x) else of_embeddings
 
 # %% ../../nbs/evaluation/kernels.ipynb #61c75778
 @compiled()
@@ -135,8 +158,10 @@ def fill_squares(
     squares: np.ndarray,  # (N,), float64, written
 ):
     "Squared norms of the rows of x."
+    row = np.empty(x.shape[1])
     for i in range(len(x)):
-        squares[i] = _dot(x, i, x, i)
+        row[:] = x[i]
+        squares[i] = _dot(row, x, i)
 
 # %% ../../nbs/evaluation/kernels.ipynb #fdbddf1c
 ROUNDING = 2e-6  # more than float32 loses in scaling a product and comparing it
@@ -165,64 +190,111 @@ def _bounds(product, scale, error, other_scale, other_error):
     near, bound = np.float32(product) * scale * other_scale, error + (np.float32(1) + error) * other_error
     return near - bound, near + bound
 
+# %% ../../nbs/evaluation/kernels.ipynb #062dabab
+@_inlined()
+def _subtract_differing(word, columns, out):
+    for j in range(len(out)):
+        out[j] -= np.int32(ones(word ^ columns[j]))
+
+
+@_inlined()
+def _subtract_differing_8(w, c, out):
+    a, b, d, e, f, g, h, i = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
+    for j in range(len(out)):
+        out[j] -= np.int32(ones(a ^ c[0, j]) + ones(b ^ c[1, j]) + ones(d ^ c[2, j]) + ones(e ^ c[3, j])
+                           + ones(f ^ c[4, j]) + ones(g ^ c[5, j]) + ones(h ^ c[6, j]) + ones(i ^ c[7, j]))
+
+# %% ../../nbs/evaluation/kernels.ipynb #ad943e19
+@_inlined()
+def _minus_distances(code, columns, out):
+    "Of one code and the codes of columns (W, C) into out (C,)."
+    out[:] = 0
+    w = 0
+    while w + 8 <= len(columns):
+        _subtract_differing_8(code[w:w + 8], columns[w:w + 8], out)
+        w += 8
+    while w < len(columns):
+        _subtract_differing(code[w], columns[w], out)
+        w += 1
+
+
+@compiled()
+def minus_hamming(
+    rows: np.ndarray,  # (B, W), uint64, the words of some codes
+    columns: np.ndarray,  # (W, C), of others
+    out: np.ndarray,  # (B, C), int32, written
+):
+    "Of every row and every column."
+    for r in range(len(rows)):
+        _minus_distances(rows[r], columns, out[r])
+
 # %% ../../nbs/evaluation/kernels.ipynb #1eb1878f
 @_inlined()
-def _find(levels, low, high, value):
+def _find(values, low, high, value):
     "The first level from low to high - 1 that is not above the value, or high."
-    while low < high:
+    while high - low > 128:
         middle = (low + high) // 2
-        if levels[middle].value > value:
+        if values[middle] > value:
             low = middle + 1
         else:
             high = middle
-    return low
+    above = 0
+    for level in range(np.uint64(low), np.uint64(high)):
+        above += np.int64(values[level] > value)
+    return low + above
 
 # %% ../../nbs/evaluation/kernels.ipynb #6c3fe3d2
 @_inlined()
-def _retire(query, levels):
-    last, negatives = query.first + query.alive - 1, query.negatives
+def _threshold(query, counts):
+    return max(counts.values[query.first + query.alive - 1], np.float64(query.floor))
+
+
+@_inlined()
+def _retire(query, counts):
+    last, negatives, levels = query.first + query.alive - 1, query.negatives, counts.levels
     while last > query.first and levels[last].before + negatives - levels[last].equal >= query.relevant:
         negatives -= levels[last].between + levels[last].equal
         last -= 1
     query.alive, query.negatives = last - query.first + 1, negatives
-    return levels[last].value
+    return _threshold(query, counts)
 
 # %% ../../nbs/evaluation/kernels.ipynb #3aa0a963
 @_inlined()
-def _add_above_all(query, levels, number):
-    levels[query.first].between += number
+def _add_above_all(query, counts, number):
+    counts.levels[query.first].between += number
     query.negatives += number
-    return _retire(query, levels)
+    return _retire(query, counts)
 
 # %% ../../nbs/evaluation/kernels.ipynb #85b8dc03
 @_inlined()
-def _add(query, levels, value):
+def _add(query, counts, value):
     beyond = query.first + query.alive
-    level = _find(levels, query.first, beyond, value)
+    level = _find(counts.values, query.first, beyond, value)
     if level == beyond:
-        return levels[beyond - 1].value
-    if levels[level].value == value:
-        levels[level].equal += 1
+        return _threshold(query, counts)
+    if counts.values[level] == value:
+        counts.levels[level].equal += 1
     else:
-        levels[level].between += 1
+        counts.levels[level].between += 1
     query.negatives += 1
-    return _retire(query, levels)
+    return _retire(query, counts)
 
 # %% ../../nbs/evaluation/kernels.ipynb #a2ad71d7
 @_inlined()
-def _decided(query, levels, lower, upper):
-    "Whether a similarity from lower to upper is counted in the same way wherever it lies."
+def _decided(query, values, lower, upper):
+    "Whether a similarity from lower to upper, if it is not below all levels, is at the same place wherever it lies."
+    if lower == upper or query.alive > 16:  # of many levels one is nearly always between the bounds
+        return lower == upper
     beyond = query.first + query.alive
-    if lower == upper or upper < levels[beyond - 1].value:
-        return True
-    level = _find(levels, query.first, beyond, lower)
-    return level < beyond and levels[level].value != lower and _find(levels, query.first, level, upper) == level
+    level = _find(values, query.first, beyond, lower)
+    return level < beyond and values[level] != lower and (level == query.first or values[level - 1] > upper)
 
 # %% ../../nbs/evaluation/kernels.ipynb #e1b5a8ed
 class Tile(NamedTuple):
-    "Products of the codes of two blocks of items."
-    products: np.ndarray  # (B, C), int32 or float32
+    "Two blocks of items."
+    products: np.ndarray  # (B, C), int32 or float32, of their codes; of binary ones (W, C), the words of the columns
     top: int  # the first item of its rows
+    bottom: int  # behind the last
     left: int  # the first item of its columns
 
 
@@ -230,7 +302,7 @@ class Known(NamedTuple):
     "What the products of an item are judged by; of several items, arrays."
     scale: np.float32 | np.ndarray  # of its code
     error: np.float32 | np.ndarray  # of its code
-    low: np.float32 | np.ndarray  # lowest level that counts; if it is a query
+    low: np.float32 | np.ndarray  # lowest level that counts, or the floor; if it is a query
     high: np.float32 | np.ndarray  # highest level
 
 # %% ../../nbs/evaluation/kernels.ipynb #12d9b0a5
@@ -242,6 +314,14 @@ def _slice(known, begin, end):
 @_inlined(fastmath=FAST)
 def _one_if(condition):
     return np.float32(1) if condition else np.float32(0)
+
+
+@_inlined(fastmath=FAST)
+def _ties(similarity, low, high, flags):
+    "Whether a similarity, known exactly, is that of the only level; without flags no query has another."
+    if flags is None:
+        return similarity == high
+    return (similarity == high) & (low == high)
 
 
 @_inlined(fastmath=FAST)
@@ -257,17 +337,21 @@ def _compare(products, row, columns, flags, above, ties):
     "How many are above all levels of the row's query, and tied with its only one; for columns into above and ties."
     sure, tied = np.float32(0), np.float32(0)
     for j in range(len(products)):
-        lower, upper = _bounds(products[j], row.scale, row.error, columns.scale[j], columns.error[j])
+        if ties is None:
+            lower, upper = _bounds(products[j], row.scale, row.error, columns.scale[j], columns.error[j])
+        else:
+            lower = upper = np.float32(products[j])
         sure += _one_if(lower > row.high)
-        flag = _open(lower, upper, row.low, row.high, ties)
         if ties is not None:
-            tied += _one_if((upper == row.low) & (lower == row.high))
+            tied += _one_if(_ties(lower, row.low, row.high, flags))
         if above is not None:
             above[j] += _one_if(lower > columns.high[j])
-            flag |= _open(lower, upper, columns.low[j], columns.high[j], ties) << np.uint8(1)
             if ties is not None:
-                ties[j] += _one_if((upper == columns.low[j]) & (lower == columns.high[j]))
-        flags[j] = flag
+                ties[j] += _one_if(_ties(lower, columns.low[j], columns.high[j], flags))
+        if flags is not None:
+            flags[j] = _open(lower, upper, row.low, row.high, ties)
+            if above is not None:
+                flags[j] |= _open(lower, upper, columns.low[j], columns.high[j], ties) << np.uint8(1)
     return sure, tied
 
 # %% ../../nbs/evaluation/kernels.ipynb #ea29b6a5
@@ -275,43 +359,80 @@ def _compare(products, row, columns, flags, above, ties):
 def _compare_row(products, query, left, row, columns, flags, above, ties):
     n = len(products)
     begin, end = min(max(query.begin - left, 0), n), min(max(query.end - left, 0), n)
-    flags[:end] = 0
     above_right, ties_right = None if above is None else above[end:], None if ties is None else ties[end:]
-    sure, tied = _compare(products[end:], row, _slice(columns, end, n), flags[end:n], above_right, ties_right)
+    flags_left, flags_right = None if flags is None else flags[:begin], None if flags is None else flags[end:n]
+    if flags is not None:
+        flags[:end] = 0
+    sure, tied = _compare(products[end:], row, _slice(columns, end, n), flags_right, above_right, ties_right)
     if above is None:
-        sure_left, tied_left = _compare(products[:begin], row, _slice(columns, 0, begin), flags[:begin], None, ties)
+        sure_left, tied_left = _compare(products[:begin], row, _slice(columns, 0, begin), flags_left, None, ties)
         sure, tied = sure + sure_left, tied + tied_left
     return sure, tied
 
 # %% ../../nbs/evaluation/kernels.ipynb #75709c63
 @_inlined()
-def _settle_flagged(q, products, left, flags, words, x, y, counts):
-    for word in range(len(words)):
-        if words[word]:
-            for j in range(8 * word, min(8 * word + 8, len(products))):
-                of_row, of_column, c = flags[j] & 1, flags[j] & 2, left + j
-                lower, upper = _bounds(products[j], x.scale[q], x.error[q], y.scale[c], y.error[c])
-                value = np.float64(lower)
-                if (of_row and not _decided(counts.queries[q], counts.levels, lower, upper)
-                        or of_column and not _decided(counts.queries[c], counts.levels, lower, upper)):
-                    value = _similarity(x, q, y, c)
-                if of_row:
-                    counts.low[q] = _add(counts.queries[q], counts.levels, value)
-                if of_column:
-                    counts.low[c] = _add(counts.queries[c], counts.levels, value)
+def _trailing_zeros(word):
+    return np.int64(ones((word & (~word + np.uint64(1))) - np.uint64(1)))
+
+
+@_inlined()
+def _settle_flagged(q, row, products, left, flags, words, x, y, counts):
+    _write_out(x, q, row)
+    for place in range(len(words)):
+        word = words[place]
+        while word:
+            j = 8 * place + (_trailing_zeros(word) >> 3)
+            word &= ~(np.uint64(0xff) << np.uint64(8 * (j & 7)))
+            c = left + j
+            lower, upper = _bounds(products[j], x.scale[q], x.error[q], y.scale[c], y.error[c])
+            of_row, of_column = flags[j] & 1 and upper >= counts.low[q], flags[j] & 2 and upper >= counts.low[c]
+            value = np.float64(lower)
+            if (of_row and not _decided(counts.queries[q], counts.values, lower, upper)
+                    or of_column and not _decided(counts.queries[c], counts.values, lower, upper)):
+                value = _similarity(x, q, row, y, c)
+            if of_row and np.float32(value) >= counts.low[q]:
+                counts.low[q] = _add(counts.queries[q], counts, value)
+            if of_column and np.float32(value) >= counts.low[c]:
+                counts.low[c] = _add(counts.queries[c], counts, value)
 
 # %% ../../nbs/evaluation/kernels.ipynb #eb08ce46
 @_inlined()
 def _add_sure(q, above, tied, counts):
     if above:
-        counts.low[q] = _add_above_all(counts.queries[q], counts.levels, int(above))
+        counts.low[q] = _add_above_all(counts.queries[q], counts, int(above))
     if tied:
         counts.levels[counts.queries[q].first].equal += int(tied)
 
+# %% ../../nbs/evaluation/kernels.ipynb #4def2220
+def _products(tile, q, x, distances):
+    "Of item q of x and the columns of a tile, in compiled code; of codes made in distances (C,), int32."
+
+
+@overload(_products, jit_options=INLINED)
+def _products_for(tile, q, x, distances):
+    def of_codes(tile, q, x, distances):
+        _minus_distances(x.exact[q], tile.products, distances)
+        return distances
+
+    def of_embeddings(tile, q, x, distances):
+        return tile.products[q - tile.top]
+
+    return of_codes if _are_codes(x) else of_embeddings
+
 # %% ../../nbs/evaluation/kernels.ipynb #4ae6e150
+@_inlined()
+def _any(words):
+    "As words.any(), without a branch for each."
+    together = np.uint64(0)
+    for word in words:
+        together |= word
+    return together != 0
+
+
 @compiled()
 def scan(
     tile: Tile,  # of codes of x and y
+    words: np.ndarray | None,  # (C / 8,), uint64, room for flags; None if codes are binary and queries have one level
     above: np.ndarray | None,  # (C,), float32 zeros if the columns are queries, too; else None
     ties: np.ndarray | None,  # (C,), float32 zeros if codes are binary, else None
     x: Items,  # the queries
@@ -321,45 +442,46 @@ def scan(
     "Counts what the products of a tile tell its rows and, if above isn't None, its columns."
     n = tile.products.shape[1]
     columns = _slice(Known(y.scale, y.error, counts.low, counts.high), tile.left, tile.left + n)
-    words = np.zeros(-(-n // 8), np.uint64)
-    flags = words.view(np.uint8)
-    for r in range(len(tile.products)):
-        q, products = tile.top + r, tile.products[r]
+    distances, embedding = np.empty(n, np.int32), np.empty(x.exact.shape[1])
+    flags = None if words is None else words.view(np.uint8)
+    for q in range(tile.top, tile.bottom):
+        products = _products(tile, q, x, distances)
         row = Known(x.scale[q], x.error[q], counts.low[q], counts.high[q])
         sure, tied = _compare_row(products, counts.queries[q], tile.left, row, columns, flags, above, ties)
         _add_sure(q, sure, tied, counts)
-        if words.any():
-            _settle_flagged(q, products, tile.left, flags, words, x, y, counts)
+        if words is not None and _any(words):
+            _settle_flagged(q, embedding, products, tile.left, flags, words, x, y, counts)
     if above is not None:
         for j in range(n):
             _add_sure(tile.left + j, above[j], np.float32(0) if ties is None else ties[j], counts)
 
 # %% ../../nbs/evaluation/kernels.ipynb #6857abfc
 @_inlined()
-def _negated_similarities(q, query, x, y, best_only, values):
-    "Into values, ascending. Returns how many there are."
+def _negated_similarities(q, query, row, x, y, best_only, negated):
+    "Into negated, ascending. Returns how many there are."
+    _write_out(x, q, row)
     count = 0
     for p in range(query.begin, query.end):
         if p != query.itself:
-            values[count] = -_similarity(x, q, y, p)
+            negated[count] = -_similarity(x, q, row, y, p)
             count += 1
     if best_only and count:
-        best = values[:count].min()
-        count = (values[:count] == best).sum()
-        values[:count] = best
+        best = negated[:count].min()
+        count = (negated[:count] == best).sum()
+        negated[:count] = best
     else:
-        values[:count].sort()
+        negated[:count].sort()
     return count
 
 # %% ../../nbs/evaluation/kernels.ipynb #754bcde7
 @_inlined()
-def _group(values, levels):
+def _group(negated, values, levels):
     "Writes the levels of a query from its negated similarities, ascending. Returns how many there are."
     last = -1
-    for i in range(len(values)):
-        if i == 0 or values[i] != values[i - 1]:
+    for i in range(len(negated)):
+        if i == 0 or negated[i] != negated[i - 1]:
             last += 1
-            levels[last].value, levels[last].before = -values[i], i
+            values[last], levels[last].before = -negated[i], i
             levels[last].positives = levels[last].between = levels[last].equal = 0
         levels[last].positives += 1
     return last + 1
@@ -373,10 +495,30 @@ def fill_levels(
     counts: Counts,  # of the queries; ranges of classes, itself and first are known, levels and thresholds are written
 ):
     "The levels of queries from their positives."
-    queries, levels = counts.queries, counts.levels
-    values = np.empty((queries["end"] - queries["begin"]).max())
+    queries, values = counts.queries, counts.values
+    negated, embedding = np.empty((queries["end"] - queries["begin"]).max()), np.empty(x.exact.shape[1])
     for q in range(len(queries)):
-        first, number = queries[q].first, _negated_similarities(q, queries[q], x, y, best_only, values)
-        alive = queries[q].alive = _group(values[:number], levels[first:])
-        counts.low[q] = levels[first + alive - 1].value if alive else np.inf
-        counts.high[q] = levels[first].value if alive else np.inf
+        first, number = queries[q].first, _negated_similarities(q, queries[q], embedding, x, y, best_only, negated)
+        alive = queries[q].alive = _group(negated[:number], values[first:], counts.levels[first:])
+        counts.low[q] = values[first + alive - 1] if alive else np.inf
+        counts.high[q] = values[first] if alive else np.inf
+
+# %% ../../nbs/evaluation/kernels.ipynb #23c13c8c
+@compiled()
+def write_places(
+    counts: Counts,  # of queries
+    chosen: np.ndarray,  # (C,), some of them
+    start: np.ndarray,  # (C,), where those of each begin in what is written
+    above: np.ndarray,  # (L,), int64: items above each level that counts
+    tied: np.ndarray,  # (L,), int64: items at it
+    positives: np.ndarray,  # (L,), int64: positives at it
+    before: np.ndarray,  # (L,), int64: positives above it
+):
+    "Writes above, tied, positives and before."
+    for i in range(len(chosen)):
+        query, negatives = counts.queries[chosen[i]], 0
+        for k in range(query.alive):
+            place, level = start[i] + k, counts.levels[query.first + k]
+            above[place] = level.before + negatives + level.between
+            tied[place], positives[place], before[place] = level.positives + level.equal, level.positives, level.before
+            negatives += level.between + level.equal

@@ -55,9 +55,12 @@ def hits(
     if ties != "expected":
         return ((a + (n - p) * (ties == "pessimistic")) < k).astype(float)
     places = np.clip(k - a, 0, n)
-    negatives_left = np.maximum(n - p - places, 0)
-    log_miss = gammaln(n - p + 1) - gammaln(negatives_left + 1) - gammaln(n + 1) + gammaln(n - places + 1)
-    return np.where(places > n - p, 1.0, np.where(places == 0, 0.0, 1 - np.exp(log_miss)))
+    hit = (places > n - p).astype(float)
+    open_ = (places > 0) & (places <= n - p)
+    n, p, places = n[open_], p[open_], places[open_]
+    log_miss = gammaln(n - p + 1) - gammaln(n - p - places + 1) - gammaln(n + 1) + gammaln(n - places + 1)
+    hit[open_] = 1 - np.exp(log_miss)
+    return hit
 
 # %% ../../nbs/evaluation/levels.ipynb #13e7c848
 def ranks(

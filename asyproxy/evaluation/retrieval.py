@@ -7,6 +7,7 @@ __all__ = ['Engine', 'engine_for', 'check_answers', 'retrieval_per_query', 'retr
 
 # %% ../../nbs/evaluation/retrieval.ipynb #545dd02f
 import functools
+import itertools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -250,9 +251,11 @@ def retrieval_metrics(
 # %% ../../nbs/evaluation/retrieval.ipynb #37058138
 def compile_loops():
     "Compiles the loops of the evaluation before somebody waits for them; without numba there is nothing to compile."
-    embeddings, labels = torch.eye(4).repeat(2, 1) + 0.1, torch.arange(4).repeat(2)
-    for binary in (False, True):
-        retrieval_metrics(embeddings, labels, recalls=(1,), binary=binary, progress=False)
+    embeddings, labels = torch.eye(32).repeat(64, 1) + 0.1, torch.arange(32).repeat(64)
+    choices = (False, True), (False, True), ((), (embeddings, labels))
+    for binary, all_metrics, gallery in itertools.product(*choices):
+        options = {"binary": binary, "precisions": all_metrics, "progress": False}
+        retrieval_metrics(embeddings, labels, *gallery, recalls=(1,), **options)
 
 # %% ../../nbs/evaluation/retrieval.ipynb #13d19d22
 def clustering_nmi(
