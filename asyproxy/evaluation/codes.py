@@ -32,14 +32,15 @@ def bytes_multiply() -> bool:
 SHORT = 32  # dimensions below which codes are float32; with a single one torch's product of bytes is wrong
 
 # %% ../../nbs/evaluation/codes.ipynb #da645d24
-BLOCK = 512  # items on either side of a tile
+BLOCK = 1024  # items on either side of a tile, at most
 
 
 def blocks(
     size: int,  # items
 ) -> list[slice]:
-    "Of BLOCK items each, the last one of what is left."
-    return [slice(i, min(i + BLOCK, size)) for i in range(0, size, BLOCK)]
+    "Of BLOCK items where there are many, else half as many, to have some for every thread; the last of what is left."
+    width = BLOCK if size > 32 * BLOCK else BLOCK // 2
+    return [slice(i, min(i + width, size)) for i in range(0, size, width)]
 
 # %% ../../nbs/evaluation/codes.ipynb #e9c3f719
 class Workers(ThreadPoolExecutor):
@@ -69,7 +70,7 @@ class Coded(NamedTuple):
     order: np.ndarray  # (N,), row of each item in the embeddings
     labels: np.ndarray  # (N,), ascending
     items: Items  # what is known of each
-    codes: np.ndarray | list[np.ndarray]  # (N, D), int8 or float32; of binary codes (W, BLOCK) words of each block
+    codes: np.ndarray | dict[int, np.ndarray]  # (N, D), int8 or float32; by a block's start (W, B) words of binary ones
 
     @property
     def binary(self) -> bool:
@@ -113,8 +114,8 @@ def columns_of(
     return columns
 
 
-def _binary(embeddings, order, workers: Workers) -> tuple[Items, list[np.ndarray]]:
-    "Items, whose words are the codes, and the words of each block."
+def _binary(embeddings, order, workers: Workers) -> tuple[Items, dict[int, np.ndarray]]:
+    "Items, whose words are the codes, and the words of each block, by its start."
     n, d = embeddings.shape
     octets = np.zeros((n, -(-d // 64) * 8), np.uint8)
 
@@ -124,7 +125,7 @@ def _binary(embeddings, order, workers: Workers) -> tuple[Items, list[np.ndarray
     list(workers.map(fill, blocks(n)))
     words = octets.view(np.uint64)
     items = Items(words, np.zeros(n, PLACE), np.ones(n, np.float32), np.zeros(n, np.float32))
-    return items, [columns_of(words[block]) for block in blocks(n)]
+    return items, {block.start: columns_of(words[block]) for block in blocks(n)}
 
 # %% ../../nbs/evaluation/codes.ipynb #e5b5423f
 def coded(
@@ -150,9 +151,9 @@ def products(
 ) -> np.ndarray:  # (rows, columns), int32 or float32: minus Hamming distances, or products of codes
     "Of the codes of two blocks."
     shape = rows.stop - rows.start, columns.stop - columns.start
-    if isinstance(y.codes, list):
+    if isinstance(y.codes, dict):
         out = workers.buffer(torch.int32, shape)
-        minus_hamming(x.items.exact[rows], y.codes[columns.start // BLOCK], out.numpy())
+        minus_hamming(x.items.exact[rows], y.codes[columns.start], out.numpy())
     elif y.codes.dtype == np.int8:
         out = workers.buffer(torch.int32, shape)
         torch._int_mm(torch.from_numpy(x.codes[rows]), torch.from_numpy(y.codes[columns]).T, out=out)
@@ -170,5 +171,5 @@ def tile_of(
     workers: Workers,  # one of whom asks
 ) -> Tile:
     "With products, or the words of the columns."
-    source = y.codes[columns.start // BLOCK] if y.binary else products(x, rows, y, columns, workers)
+    source = y.codes[columns.start] if y.binary else products(x, rows, y, columns, workers)
     return Tile(source, rows.start, rows.stop, columns.start)

@@ -81,13 +81,13 @@ def _scan_all(x: Coded, y: Coded, counts: Counts, symmetric: bool, best_only: bo
     else:
         list(workers.map(scan_row, rows))
 
-# %% ../../nbs/evaluation/counting.ipynb #b96c4875
+# %% ../../nbs/evaluation/counting.ipynb #b8c0d706
 def _sample(y: Coded) -> Coded:
     "A block of a gallery, taken at equal distances: all classes have their share."
     sample = _part(y, np.linspace(0, len(y.order) - 1, blocks(len(y.order))[0].stop).astype(int))
-    return sample._replace(codes=[columns_of(sample.items.exact)]) if y.binary else sample
+    return sample._replace(codes={0: columns_of(sample.items.exact)}) if y.binary else sample
 
-
+# %% ../../nbs/evaluation/counting.ipynb #b96c4875
 def _guess_floors(x: Coded, y: Coded, counts: Counts, workers: Workers):
     "Nearly all of the queries x have R items of y above their floor."
     sample, relevant = _sample(y), counts.queries["relevant"]

@@ -136,7 +136,7 @@ def _write_out_for(x, i, row):
 
     return of_codes if _are_codes(x) else of_embeddings
 
-
+# %% ../../nbs/evaluation/kernels.ipynb #7fc1d1f3
 def _similarity(x, i, row, y, j):
     "Of item i of x, written out in row, and item j of y, in compiled code."
 
@@ -281,10 +281,13 @@ def _add(query, counts, value):
 
 # %% ../../nbs/evaluation/kernels.ipynb #a2ad71d7
 @_inlined()
-def _decided(query, values, lower, upper):
-    "Whether a similarity from lower to upper, if it is not below all levels, is at the same place wherever it lies."
-    if lower == upper or query.alive > 16:  # of many levels one is nearly always between the bounds
+def _decided(q, counts, lower, upper):
+    "Whether a similarity from lower to upper, if it may be among the levels, is at the same place wherever it lies."
+    if lower == upper or counts.low[q] == counts.high[q]:
         return lower == upper
+    query, values = counts.queries[q], counts.values
+    if query.alive > 16:  # one is nearly always between the bounds
+        return False
     beyond = query.first + query.alive
     level = _find(values, query.first, beyond, lower)
     return level < beyond and values[level] != lower and (level == query.first or values[level - 1] > upper)
@@ -387,8 +390,7 @@ def _settle_flagged(q, row, products, left, flags, words, x, y, counts):
             lower, upper = _bounds(products[j], x.scale[q], x.error[q], y.scale[c], y.error[c])
             of_row, of_column = flags[j] & 1 and upper >= counts.low[q], flags[j] & 2 and upper >= counts.low[c]
             value = np.float64(lower)
-            if (of_row and not _decided(counts.queries[q], counts.values, lower, upper)
-                    or of_column and not _decided(counts.queries[c], counts.values, lower, upper)):
+            if of_row and not _decided(q, counts, lower, upper) or of_column and not _decided(c, counts, lower, upper):
                 value = _similarity(x, q, row, y, c)
             if of_row and np.float32(value) >= counts.low[q]:
                 counts.low[q] = _add(counts.queries[q], counts, value)
