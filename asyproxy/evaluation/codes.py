@@ -70,7 +70,8 @@ class Coded(NamedTuple):
     order: np.ndarray  # (N,), row of each item in the embeddings
     labels: np.ndarray  # (N,), ascending
     items: Items  # what is known of each
-    codes: np.ndarray | dict[int, np.ndarray]  # (N, D), int8 or float32; by a block's start (W, B) words of binary ones
+    codes: np.ndarray  # (N, D), int8 or float32; (N, W), words of binary ones
+    columns: dict[int, np.ndarray]  # the words of each block (W, B) by its start; of binary ones only
 
     @property
     def binary(self) -> bool:
@@ -138,8 +139,9 @@ def coded(
     labels, embeddings = side.labels.numpy(), np.ascontiguousarray(side.embeddings.numpy())
     order = np.argsort(labels, kind="stable")
     if binary:
-        return Coded(order, labels[order], *_binary(embeddings, order, workers))
-    return Coded(order, labels[order], *_dense(embeddings, side.squares.numpy(), order, workers))
+        items, columns = _binary(embeddings, order, workers)
+        return Coded(order, labels[order], items, items.exact, columns)
+    return Coded(order, labels[order], *_dense(embeddings, side.squares.numpy(), order, workers), {})
 
 # %% ../../nbs/evaluation/codes.ipynb #3d618d31
 def products(
@@ -151,9 +153,9 @@ def products(
 ) -> np.ndarray:  # (rows, columns), int32 or float32: minus Hamming distances, or products of codes
     "Of the codes of two blocks."
     shape = rows.stop - rows.start, columns.stop - columns.start
-    if isinstance(y.codes, dict):
+    if y.binary:
         out = workers.buffer(torch.int32, shape)
-        minus_hamming(x.items.exact[rows], y.codes[columns.start], out.numpy())
+        minus_hamming(x.codes[rows], y.columns[columns.start], out.numpy())
     elif y.codes.dtype == np.int8:
         out = workers.buffer(torch.int32, shape)
         torch._int_mm(torch.from_numpy(x.codes[rows]), torch.from_numpy(y.codes[columns]).T, out=out)
@@ -171,5 +173,5 @@ def tile_of(
     workers: Workers,  # one of whom asks
 ) -> Tile:
     "With products, or the words of the columns."
-    source = y.codes[columns.start] if y.binary else products(x, rows, y, columns, workers)
+    source = y.columns[columns.start] if y.binary else products(x, rows, y, columns, workers)
     return Tile(source, rows.start, rows.stop, columns.start)

@@ -85,7 +85,7 @@ def _scan_all(x: Coded, y: Coded, counts: Counts, symmetric: bool, best_only: bo
 def _sample(y: Coded) -> Coded:
     "A block of a gallery, taken at equal distances: all classes have their share."
     sample = _part(y, np.linspace(0, len(y.order) - 1, blocks(len(y.order))[0].stop).astype(int))
-    return sample._replace(codes={0: columns_of(sample.items.exact)}) if y.binary else sample
+    return sample._replace(columns={0: columns_of(sample.codes)}) if y.binary else sample
 
 # %% ../../nbs/evaluation/counting.ipynb #b96c4875
 def _guess_floors(x: Coded, y: Coded, counts: Counts, workers: Workers):
@@ -128,8 +128,7 @@ def _parts(relevant: np.ndarray) -> list[slice]:
 # %% ../../nbs/evaluation/counting.ipynb #f8087fae
 def _part(side: Coded, part: slice | np.ndarray) -> Coded:
     "Some of the items of a side, as queries."
-    codes = side.codes if side.binary else side.codes[part]
-    return Coded(side.order[part], side.labels[part], rows_of(side.items, part), codes)
+    return Coded(side.order[part], side.labels[part], rows_of(side.items, part), side.codes[part], side.columns)
 
 # %% ../../nbs/evaluation/counting.ipynb #bfefca9f
 def _finished(order: np.ndarray, counts: Counts, chosen: np.ndarray) -> Levels:
