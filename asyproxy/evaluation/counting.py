@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .codes import Coded, Workers, blocks, coded, columns_of, products, rows_of, tile_of
-from .kernels import LEVEL, QUERY, Counts, fill_levels, fill_squares, scan, write_places
+from .codes import Coded, Workers, blocks, coded, columns_of, products, rows_of
+from .kernels import LEVEL, QUERY, Counts, Tile, fill_levels, fill_squares, scan, write_places
 from .levels import Levels, Side
 
 # %% ../../nbs/evaluation/counting.ipynb #34c60c6f
@@ -64,7 +64,8 @@ def _scan_all(x: Coded, y: Coded, counts: Counts, symmetric: bool, best_only: bo
     rows, columns = blocks(len(counts.queries)), blocks(len(y.order))
 
     def scan_tile(row: slice, column: slice):
-        tile = tile_of(x, row, y, column, workers)
+        source = y.columns[column.start] if y.binary else products(x, row, y, column, workers)
+        tile = Tile(source, row.start, row.stop, column.start)
         above, ties = np.zeros((2, column.stop - column.start), np.float32)
         words = None if y.binary and best_only else np.zeros(-(-len(above) // 8), np.uint64)
         scan(tile, words, above if symmetric else None, ties if y.binary else None, x.items, y.items, counts)

@@ -281,11 +281,10 @@ def _add(query, counts, value):
 
 # %% ../../nbs/evaluation/kernels.ipynb #a2ad71d7
 @_inlined()
-def _decided(q, counts, lower, upper):
+def _decided(query, values, lower, upper):
     "Whether a similarity from lower to upper, if it may be among the levels, is at the same place wherever it lies."
-    if lower == upper or counts.low[q] == counts.high[q]:
-        return lower == upper
-    query, values = counts.queries[q], counts.values
+    if lower == upper:
+        return True
     if query.alive > 16:  # one is nearly always between the bounds
         return False
     beyond = query.first + query.alive
@@ -390,7 +389,8 @@ def _settle_flagged(q, row, products, left, flags, words, x, y, counts):
             lower, upper = _bounds(products[j], x.scale[q], x.error[q], y.scale[c], y.error[c])
             of_row, of_column = flags[j] & 1 and upper >= counts.low[q], flags[j] & 2 and upper >= counts.low[c]
             value = np.float64(lower)
-            if of_row and not _decided(q, counts, lower, upper) or of_column and not _decided(c, counts, lower, upper):
+            if (of_row and not _decided(counts.queries[q], counts.values, lower, upper)
+                    or of_column and not _decided(counts.queries[c], counts.values, lower, upper)):
                 value = _similarity(x, q, row, y, c)
             if of_row and np.float32(value) >= counts.low[q]:
                 counts.low[q] = _add(counts.queries[q], counts, value)
