@@ -172,7 +172,7 @@ def unequal(
     said = []
     for data, rows in table.groupby("data", sort=False) if len(table) else ():
         for name in rows.columns.drop(["data", "contender"]):
-            usual = rows[name].median() if "images" in name else rows[name].mode()[0]
+            usual = round(rows[name].median()) if "images" in name else rows[name].mode()[0]
             off = abs(rows[name] / usual - 1) > 0.02 if "images" in name else rows[name] != usual
             said += [f"{data}, {row['contender']}: {name} {row[name] or 'none'}, where most have {usual}"
                      for _, row in rows[off].iterrows()]

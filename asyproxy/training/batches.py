@@ -36,7 +36,8 @@ def _groups(labels: torch.Tensor, per_class: int) -> torch.Tensor:
     groups, moments = [], []
     order = torch.randperm(len(labels))
     for places in order[labels[order].argsort(stable=True)].split(labels.unique(return_counts=True)[1].tolist()):
-        number = -(-len(places) // per_class)
+        number, rest = divmod(len(places), per_class)
+        number += number == 0 or rest > 0 and bool(torch.rand(()) < rest / per_class)
         groups.append(places[torch.arange(number * per_class) % len(places)].view(number, per_class))
         moments.append((torch.arange(number) + torch.rand(number)) / number)
     return torch.cat(groups)[torch.cat(moments).argsort(stable=True)]
@@ -47,7 +48,7 @@ def by_class(
     batch_size: int,  # images, a multiple of per_class
     per_class: int,  # images of each class in a batch
 ) -> list[torch.Tensor]:  # places of the images of each batch
-    "Every image at least once, so many of each class in a batch, drawn by torch's generator."
+    "As many images as there are, on average, so many of each class in a batch, drawn by torch's generator."
     labels = torch.as_tensor(labels)
     coming, waiting, batches = _groups(labels, per_class), [], []
     classes, next_one = labels[coming[:, 0]].tolist(), 0
