@@ -25,6 +25,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from project import ROOT, default_run, executed, hear, library, outputs_of, pages, readme, repeated, studies, try_notebook
+from wheels import WITHOUT, wanted
 
 from asyproxy.experiment import Experiment, parameters_cell, smallest
 from asyproxy.fixtures.notebooks import write_study
@@ -378,6 +379,13 @@ def test_wheel_holds_what_users_need(copy):
     assert "asyproxy/evaluation/retrieval.py" in listed and "asyproxy/__main__.py" in listed
     assert "asyproxy/published/recall.csv" in listed
     assert "asyproxy/fixtures" not in listed and "asyproxy/measuring" not in listed
+
+
+def test_wheels_for_a_machine_without_a_network():
+    has = WITHOUT | {"timm", "numba"}
+    names = wanted("asyproxy", {"study"}, has, "3.12")
+    assert {"papermill", "ipykernel", "nbclient", "munch", "six", "simplejpeg", "scienceplots"} < names
+    assert not names & (has | {"llvmlite", "sphinx", "nbdev", "pytest"})
 
 
 # Every study runs.

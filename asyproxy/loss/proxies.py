@@ -171,7 +171,8 @@ def check_values(
         raise Diverged("expected finite embeddings, got NaN or infinity: the model has diverged, "
                        "or its input was not finite; a lower lr may help")
     if not nonzero:
-        raise Diverged("expected embeddings with a direction, got a row of zeros")
+        raise Diverged("expected embeddings with a direction, got a row of zeros: the model has diverged, or sees "
+                       "nothing in an image, as where images are much smaller than those that it was trained on")
 
 # %% ../../nbs/loss/proxies.ipynb #e5e91580
 def check_temperature(

@@ -7,6 +7,7 @@ __all__ = ['PARTS', 'write_upper_parts', 'LeastDecoded']
 
 # %% ../../nbs/measuring/jpeg.ipynb #e570812e
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +34,14 @@ def write_upper_parts(
         path.parent.mkdir(parents=True, exist_ok=True)
         image.crop((0, 0, image.width, bottom)).save(path, quality=quality)
 
+# %% ../../nbs/measuring/jpeg.ipynb #8f80f65e
+def _read_down(parts: Path, name: str, crop: Crop, height: int, width: int) -> tuple[int, int, int, int]:
+    "Reads the coefficients of a file down to the lower edge of a crop, and says where that is."
+    top, left, rows, columns = crop(height, width)
+    if part := (top + rows) * PARTS // height:
+        decode_jpeg(Path(parts, str(part), name).read_bytes(), "GRAY", min_height=1, min_width=1)
+    return top, left, rows, columns
+
 # %% ../../nbs/measuring/jpeg.ipynb #406fe122
 @dataclass(frozen=True)
 class LeastDecoded:
@@ -50,11 +59,4 @@ class LeastDecoded:
         shortest: int = 0,  # not used: no pixel is decoded
     ) -> torch.Tensor:  # (3, H, W), uint8
         "The pixels of a crop, once its coefficients have been read. Raises FileNotFoundError."
-        def read_coefficients(height: int, width: int) -> tuple[int, int, int, int]:
-            top, left, rows, columns = crop(height, width)
-            if part := (top + rows) * PARTS // height:
-                path = Path(self.parts, str(part), str(row.image))
-                decode_jpeg(path.read_bytes(), "GRAY", min_height=1, min_width=1)
-            return top, left, rows, columns
-
-        return self.given.read(row, crop=read_coefficients)
+        return self.given.read(row, crop=partial(_read_down, self.parts, str(row.image), crop))
