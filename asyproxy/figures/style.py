@@ -31,8 +31,8 @@ from ..text import code, shortened, spelled, text_width
 
 # %% ../../nbs/figures/style.ipynb #21dfafdb
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#B8A600", "#999999", "#7F3C8D",
-           "#8C2D04")
-MARKERS = "osD^vP*X<>p"
+           "#8C2D04", "#1A663F", "#702137", "#1414E0", "#E6005C", "#D79B63")
+MARKERS = "osD^vP*X<>p12hd8"
 LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (3, 1, 1, 1)))
 
 

@@ -62,12 +62,20 @@ def recall_names(
     return sorted((name for name in names if re.fullmatch("recall@[0-9]+", name)), key=lambda name: int(name[7:]))
 
 # %% ../../nbs/study/results.ipynb #2e8c9ca8
+def _without_effect(loss: str) -> dict:
+    "Nothing for each parameter that a loss of the catalogue doesn't take."
+    from asyproxy.loss import LOSSES  # with torch; only where there is a table to be made
+
+    return dict.fromkeys({"temperature", "momentum"}.difference(LOSSES[loss].parameters), "") if loss in LOSSES else {}
+
+
 def _settings(values: dict) -> dict:
-    "The parameters that a result depends on, except the seed."
+    "The parameters that a result depends on, except the seed; nothing in those that its loss doesn't take."
     described = parameters(Experiment)
     everything = {**{name: one.default for name, one in described.items()}, **values}
-    return {name: _hashable(value) for name, value in everything.items()
-            if name != "seed" and (name not in described or described[name].result)}
+    known = {name: _hashable(value) for name, value in everything.items()
+             if name != "seed" and (name not in described or described[name].result)}
+    return known | _without_effect(known["loss"])
 
 
 def _hashable(value):
