@@ -107,10 +107,11 @@ def _processor() -> str:
         return platform.processor()
 
 
-def _threads() -> int | None:
-    "Of torch in this process; None where it is not imported."
+def _of_torch() -> dict:
+    "Threads and instructions, such as AVX512, that torch uses in this process; None where it is not imported."
     torch = sys.modules.get("torch")
-    return torch.get_num_threads() if torch else None
+    return {"threads": torch.get_num_threads() if torch else None,
+            "instructions": torch.backends.cpu.get_cpu_capability() if torch else None}
 
 
 def peak_memory_mb() -> float | None:  # None where the system does not say
@@ -123,10 +124,10 @@ def peak_memory_mb() -> float | None:  # None where the system does not say
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
 
 # %% ../../nbs/study/environment.ipynb #a01b3523
-def environment() -> dict:  # versions, git_commit, git_dirty, code, machine; older records have no code and no threads
+def environment() -> dict:  # versions, git_commit, git_dirty, code, machine; older records lack some of it
     "What a result depends on beside its parameters."
     machine: dict[str, Any] = {"system": platform.system(), "architecture": platform.machine()}
-    machine |= {"processor": _processor(), "cores": os.cpu_count(), "threads": _threads()}
+    machine |= {"processor": _processor(), "cores": os.cpu_count(), **_of_torch()}
     versions = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
     commit = _code(Path(asyproxy.__file__).resolve().parents[1])
     return {"versions": versions, **commit, "code": code_hash(), "machine": machine}

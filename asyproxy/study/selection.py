@@ -53,7 +53,8 @@ def over_dimension(
 
 # %% ../../nbs/study/selection.ipynb #53e0420e
 _SOURCES = {"code that trains": ("code",), "version of torch": ("versions", "torch"),
-            "processor": ("machine", "processor"), "number of threads": ("machine", "threads")}
+            "processor": ("machine", "processor"), "instruction set": ("machine", "instructions"),
+            "number of threads": ("machine", "threads")}
 
 
 def _source(record: dict, path: tuple[str, ...]) -> str:
