@@ -8,8 +8,9 @@ __all__ = ['SHORT', 'BLOCK', 'bytes_multiply', 'blocks', 'Workers', 'Coded', 'ro
 # %% ../../nbs/evaluation/codes.ipynb #0f2862af
 import functools
 import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +53,15 @@ class Workers(ThreadPoolExecutor):
     def __exit__(self, *error):
         self.shutdown(cancel_futures=True)
         torch.set_num_threads(self.before)  # torch remembers the last number that any thread has set
+
+    def each(
+        self,
+        do: Callable[[Any], object],  # called with an item
+        items: Sequence,  # in any order
+    ):
+        "Does something for all items, three or more in a row where that leaves something for every thread."
+        rows = max(self.before, len(items) // 3)
+        list(self.map(lambda row: [do(item) for item in row], (items[start::rows] for start in range(rows))))
 
     def buffer(
         self,
@@ -101,7 +111,7 @@ def _dense(embeddings, squares, order, workers: Workers) -> tuple[Items, np.ndar
         else:
             codes[block] = embeddings[order[block]] / np.sqrt(place["square"][block, None])
 
-    list(workers.map(fill, blocks(n)))
+    workers.each(fill, blocks(n))
     return items, codes
 
 # %% ../../nbs/evaluation/codes.ipynb #2d73c5fd
@@ -122,7 +132,7 @@ def _binary(embeddings, order, workers: Workers) -> tuple[Items, dict[int, np.nd
     def fill(block):
         octets[block, :-(-d // 8)] = np.packbits(embeddings[order[block]] > 0, axis=1)
 
-    list(workers.map(fill, blocks(n)))
+    workers.each(fill, blocks(n))
     words = octets.view(np.uint64)
     items = Items(words, np.zeros(n, PLACE), np.ones(n, np.float32), np.zeros(n, np.float32))
     return items, {block.start: columns_of(words[block]) for block in blocks(n)}

@@ -23,7 +23,7 @@ def squared_norms(
     "Not finite where a row isn't."
     rows, squares = embeddings.numpy(), torch.empty(len(embeddings), dtype=torch.float64)
     with Workers() as workers:
-        list(workers.map(lambda block: fill_squares(rows[block], squares.numpy()[block]), blocks(len(rows))))
+        workers.each(lambda block: fill_squares(rows[block], squares.numpy()[block]), blocks(len(rows)))
     return squares
 
 # %% ../../nbs/evaluation/counting.ipynb #7d8ba80c
@@ -56,31 +56,27 @@ def _fill(x: Coded, y: Coded, counts: Counts, best_only: bool, workers: Workers)
         part = counts._replace(queries=counts.queries[block], low=counts.low[block], high=counts.high[block])
         fill_levels(rows_of(x.items, block), y.items, best_only, part)
 
-    list(workers.map(fill, blocks(len(counts.queries))))
+    workers.each(fill, blocks(len(counts.queries)))
 
 # %% ../../nbs/evaluation/counting.ipynb #0216128e
 def _scan_all(x: Coded, y: Coded, counts: Counts, symmetric: bool, best_only: bool, workers: Workers, bar: tqdm):
     "Counts the negatives of queries x among y; if symmetric, x is y; best_only: queries have one level."
     rows, columns = blocks(len(counts.queries)), blocks(len(y.order))
 
-    def scan_tile(row: slice, column: slice):
+    def scan_tile(pair: tuple[slice, slice]):
+        row, column = pair
         source = y.columns[column.start] if y.binary else products(x, row, y, column, workers)
         tile = Tile(source, row.start, row.stop, column.start)
         above, ties = np.zeros((2, column.stop - column.start), np.float32)
         words = None if y.binary and best_only else np.zeros(-(-len(above) // 8), np.uint64)
         scan(tile, words, above if symmetric else None, ties if y.binary else None, x.items, y.items, counts)
-
-    def scan_row(row: slice):
-        for column in columns:
-            scan_tile(row, column)
-            bar.update()
+        bar.update()
 
     if symmetric:
         for pairs in _tournament(len(rows)):
-            for _ in workers.map(scan_tile, *([rows[i] for i in side] for side in zip(*pairs))):
-                bar.update()
+            workers.each(scan_tile, [(rows[i], rows[j]) for i, j in pairs])
     else:
-        list(workers.map(scan_row, rows))
+        list(workers.map(lambda row: [scan_tile((row, column)) for column in columns], rows))
 
 # %% ../../nbs/evaluation/counting.ipynb #b8c0d706
 def _sample(y: Coded) -> Coded:
@@ -104,7 +100,7 @@ def _guess_floors(x: Coded, y: Coded, counts: Counts, workers: Workers):
         floor = np.where(place[block] > size, -np.inf, np.minimum(guessed, counts.high[block]))
         counts.queries["floor"][block], counts.low[block] = floor, np.maximum(counts.low[block], floor)
 
-    list(workers.map(guess, blocks(len(relevant))))
+    workers.each(guess, blocks(len(relevant)))
 
 # %% ../../nbs/evaluation/counting.ipynb #8a4482a6
 def _above_their_levels(counts: Counts) -> np.ndarray:
