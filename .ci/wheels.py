@@ -52,8 +52,7 @@ def download(names: set[str], folder: Path, python: str):
                  python, "--implementation", "cp", *kinds, pinned(name)]
         if subprocess.run(there, capture_output=True).returncode:
             subprocess.run([*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, pinned(name)], check=True)
-    if built := [wheel.name for wheel in folder.glob("*.whl") if re.search("linux_x86_64", wheel.name)
-                 and "manylinux" not in wheel.name]:
+    if built := [wheel.name for wheel in folder.glob("*-linux_*.whl")]:
         sys.exit(f"expected pure Python where there is no wheel for Python {python}, got {', '.join(built)}")
 
 
