@@ -15,6 +15,7 @@ from tqdm import tqdm
 from .codes import Coded, Workers, blocks, coded, columns_of, products, rows_of
 from .kernels import LEVEL, QUERY, Counts, Tile, fill_levels, fill_squares, scan, write_places
 from .levels import Levels, Side
+from .turning import turn_for
 
 # %% ../../nbs/evaluation/counting.ipynb #34c60c6f
 def squared_norms(
@@ -171,8 +172,9 @@ def counted_levels(
 
     Beyond what comes in, the codes, and what goes out it takes some 100 bytes per image, and 200 MB at most."""
     with Workers() as workers:
-        x = coded(queries, workers, binary=binary)
-        y = x if gallery is None else coded(gallery, workers, binary=binary)
+        turn = None if binary else turn_for(queries, gallery, best_only=best_only)
+        x = coded(queries, workers, binary=binary, turn=turn)
+        y = x if gallery is None else coded(gallery, workers, binary=binary, turn=turn)
         own = np.stack([np.searchsorted(y.labels, x.labels, side) for side in ("left", "right")], axis=1)
         itself = np.arange(len(own)) if gallery is None else np.full(len(own), -1)
         parts = _parts(np.diff(own)[:, 0] * (not best_only))
