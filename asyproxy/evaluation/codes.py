@@ -69,7 +69,8 @@ class Workers(ThreadPoolExecutor):
     ):
         "Does something for all items, three or more in a row where that leaves something for every thread."
         rows = max(self.before, len(items) // 3)
-        list(self.map(lambda row: [do(item) for item in row], (items[start::rows] for start in range(rows))))
+        cuts = [len(items) * row // rows for row in range(rows + 1)]
+        list(self.map(lambda start, stop: [do(item) for item in items[start:stop]], cuts, cuts[1:]))
 
 # %% ../../nbs/evaluation/codes.ipynb #2d1a0285
 class Coded(NamedTuple):

@@ -6,6 +6,7 @@
 __all__ = ['LEVELS', 'squared_norms', 'counted_levels']
 
 # %% ../../nbs/evaluation/counting.ipynb #776c8a78
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -63,21 +64,22 @@ def _fill(x: Coded, y: Coded, counts: Counts, best_only: bool, workers: Workers)
 def _scan_all(x: Coded, y: Coded, counts: Counts, symmetric: bool, best_only: bool, workers: Workers, bar: tqdm):
     "Counts the negatives of queries x among y; if symmetric, x is y; best_only: queries have one level."
     rows, columns = blocks(len(counts.queries)), blocks(len(y.order))
+    counting = [threading.RLock() for _ in rows]
 
-    def scan_tile(pair: tuple[slice, slice]):
-        row, column = pair
+    def scan_tile(pair: tuple[int, int]):
+        row, column = rows[pair[0]], columns[pair[1]]
         source = y.columns[column.start] if y.binary else products(x, row, y, column, workers)
         tile = Tile(source, row.start, row.stop, column.start)
         above, ties = np.zeros((2, column.stop - column.start), np.float32)
         words = None if y.binary and best_only else np.zeros(-(-len(above) // 8), np.uint64)
-        scan(tile, words, above if symmetric else None, ties if y.binary else None, x.items, y.items, counts)
+        with counting[pair[0]], counting[pair[1] if symmetric else pair[0]]:
+            scan(tile, words, above if symmetric else None, ties if y.binary else None, x.items, y.items, counts)
         bar.update()
 
     if symmetric:
-        for pairs in _tournament(len(rows)):
-            workers.each(scan_tile, [(rows[i], rows[j]) for i, j in pairs])
+        workers.each(scan_tile, [pair for pairs in _tournament(len(rows)) for pair in pairs])
     else:
-        list(workers.map(lambda row: [scan_tile((row, column)) for column in columns], rows))
+        workers.each(scan_tile, [(i, j) for j in range(len(columns)) for i in range(len(rows))])
 
 # %% ../../nbs/evaluation/counting.ipynb #b8c0d706
 def _sample(y: Coded) -> Coded:
