@@ -7,6 +7,8 @@ __all__ = ['INLINED', 'FAST', 'LEVEL', 'QUERY', 'OWN', 'ROUNDING', 'compiled', '
            'write_unit', 'round_rows', 'minus_hamming', 'Tile', 'Known', 'scan', 'fill_levels', 'write_places']
 
 # %% ../../nbs/evaluation/kernels.ipynb #f4433fc0
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,15 +18,26 @@ from numba.extending import intrinsic, overload
 from .levels import DIGITS
 
 # %% ../../nbs/evaluation/kernels.ipynb #67e3b81b
+def _forget_former(dispatcher, function):
+    "What was kept of its file before it changed."
+    source = Path(function.__code__.co_filename)
+    for index in Path(dispatcher.stats.cache_path).glob(f"{source.stem}.{function.__qualname__}-*.nbi"):
+        with suppress(OSError):
+            if index.stat().st_mtime < source.stat().st_mtime:
+                index.unlink()
+
+# %% ../../nbs/evaluation/kernels.ipynb #c2030b1d
 def compiled(
     **options,  # of njit
 ):
     "numba's njit without the interpreter's lock; kept on disk where a folder can be written."
     def compile(function):
         try:
-            return njit(nogil=True, cache=True, **options)(function)
+            dispatcher = njit(nogil=True, cache=True, **options)(function)
         except RuntimeError:  # no such folder
             return njit(nogil=True, **options)(function)
+        _forget_former(dispatcher, function)
+        return dispatcher
     return compile
 
 # %% ../../nbs/evaluation/kernels.ipynb #d85af0cc

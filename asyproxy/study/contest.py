@@ -174,7 +174,7 @@ def unequal(
         for name in rows.columns.drop(["data", "contender"]):
             usual = round(rows[name].median()) if "images" in name else rows[name].mode()[0]
             off = abs(rows[name] / usual - 1) > 0.02 if "images" in name else rows[name] != usual
-            said += [f"{data}, {row['contender']}: {name} {row[name] or 'none'}, where most have {usual}"
+            said += [f"{data}, {row['contender']}: {name} {row[name] or 'none'}, where most have {usual or 'none'}"
                      for _, row in rows[off].iterrows()]
     return said
 
