@@ -15,7 +15,8 @@ from .levels import Side
 # %% ../../nbs/evaluation/turning.ipynb #1bb3ada9
 def _unit_rows(side: Side, places: np.ndarray) -> torch.Tensor:
     "(S, D), float32, of some items."
-    return (side.embeddings[places] / side.squares[places, None].sqrt()).float()
+    rows = side.embeddings[places]
+    return (rows / side.squares[places, None].sqrt().to(rows.dtype)).float()
 
 
 def _spread(size: int, most: int) -> np.ndarray:
@@ -28,7 +29,7 @@ def _sampled(queries: Side, gallery: Side | None, size: int) -> tuple[torch.Tens
     searched, places = gallery or queries, _spread(len(queries.labels), size)
     asked = queries.labels[places]
     others = torch.isin(searched.labels, asked).nonzero()[:, 0].numpy()
-    others = others[_spread(len(others), 16 * size)]
+    others = others[_spread(len(others), 8 * size)]
     same = asked[:, None] == searched.labels[others]
     if gallery is None:
         same &= torch.from_numpy(places[:, None] != others)
