@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .codes import Coded, Workers, blocks, coded, columns_of, products, rows_of
 from .kernels import LEVEL, QUERY, Counts, Tile, fill_levels, fill_squares, scan, write_places
 from .levels import Levels, Side
-from .turning import turn_for
+from .turning import place_of, turn_for
 
 # %% ../../nbs/evaluation/counting.ipynb #34c60c6f
 def squared_norms(
@@ -92,8 +92,7 @@ def _guess_floors(x: Coded, y: Coded, counts: Counts, workers: Workers):
     "Nearly all of the queries x have R items of y above their floor."
     sample, relevant = _sample(y), counts.queries["relevant"]
     size = len(sample.order)
-    expected = relevant * (size / len(y.order))  # of R items in the sample
-    place = np.ceil(expected + 2.5 * np.sqrt(expected)).astype(int) + 1  # 2.5 standard deviations, and one itself
+    place = place_of(relevant, size / len(y.order))
 
     def guess(block):
         near = products(x, block, sample, slice(0, size), workers).astype(np.float32)
