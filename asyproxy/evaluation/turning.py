@@ -27,16 +27,16 @@ def _spread(size: int, most: int) -> np.ndarray:
 def _sampled(queries: Side, gallery: Side | None, size: int) -> tuple[torch.Tensor, ...]:
     "Unit rows of so many queries that have a positive, (Q, D); how many they have, the worst of these, the best, (Q,)."
     searched, places = gallery or queries, _spread(len(queries.labels), size)
-    asked = queries.labels[places]
-    others = torch.isin(searched.labels, asked).nonzero()[:, 0].numpy()
+    asked, labels = queries.labels.numpy()[places], searched.labels.numpy()
+    others = np.flatnonzero(np.isin(labels, asked))
     taken = _spread(len(others), 8 * size)
     of_each, others = len(others) / max(len(taken), 1), others[taken]
-    same = asked[:, None] == searched.labels[others]
+    same = asked[:, None] == labels[others]
     if gallery is None:
-        same &= torch.from_numpy(places[:, None] != others)
-    places, same = places[same.any(dim=1)], same[same.any(dim=1)]
+        same &= places[:, None] != others
+    places, same = places[same.any(axis=1)], same[same.any(axis=1)]
     rows = _unit_rows(queries, places)
-    found, same = (rows @ _unit_rows(searched, others).T).numpy(), same.numpy()
+    found = (rows @ _unit_rows(searched, others).T).numpy()
     ends = found.min(axis=1, initial=1, where=same), found.max(axis=1, initial=-1, where=same)
     return rows, torch.from_numpy(same.sum(axis=1) * of_each), *map(torch.from_numpy, ends)
 
