@@ -124,12 +124,12 @@ def _dense(embeddings, squares, order, turn: Turn | None, workers: Workers) -> t
     codes = np.empty((n, kept), np.int8 if d >= SHORT and bytes_multiply() else float_type())
 
     def fill(block):
-        if codes.dtype != np.int8:
-            codes[block] = embeddings[order[block]] / np.sqrt(squares[order[block], None])
-            return
-        part, unit = rows_of(items, block), torch.empty(block.stop - block.start, d)
-        write_unit(part, unit.numpy())
-        round_rows((torch.mm(unit, turn.axes) if turn else unit).numpy(), slack, part, codes[block])
+        part, whole = rows_of(items, block), codes.dtype != np.int8
+        unit = codes[block] if whole else np.empty((block.stop - block.start, d), np.float32)
+        write_unit(part, unit)
+        if not whole:
+            turned = torch.mm(torch.from_numpy(unit), turn.axes).numpy() if turn else unit
+            round_rows(turned, slack, part, codes[block])
 
     workers.each(fill, blocks(n))
     return items, codes

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .codes import Coded, Workers, blocks, coded, columns_of, products, rows_of
 from .kernels import LEVEL, QUERY, Counts, Tile, fill_levels, fill_squares, scan, write_places
-from .levels import Levels, Side
+from .levels import Levels, Side, evenly
 from .turning import place_of, turn_for
 
 # %% ../../nbs/evaluation/counting.ipynb #34c60c6f
@@ -84,7 +84,7 @@ def _scan_all(x: Coded, y: Coded, counts: Counts, symmetric: bool, best_only: bo
 # %% ../../nbs/evaluation/counting.ipynb #b8c0d706
 def _sample(y: Coded) -> Coded:
     "A block of a gallery, taken at equal distances: all classes have their share."
-    sample = _part(y, np.linspace(0, len(y.order) - 1, blocks(len(y.order))[0].stop).astype(int))
+    sample = _part(y, evenly(np.arange(len(y.order)), blocks(len(y.order))[0].stop))
     return sample._replace(columns={0: columns_of(sample.codes)}) if y.binary else sample
 
 # %% ../../nbs/evaluation/counting.ipynb #b96c4875

@@ -7,6 +7,7 @@ __all__ = ['INLINED', 'FAST', 'LEVEL', 'QUERY', 'OWN', 'ROUNDING', 'compiled', '
            'write_unit', 'round_rows', 'minus_hamming', 'Tile', 'Known', 'scan', 'fill_levels', 'write_places']
 
 # %% ../../nbs/evaluation/kernels.ipynb #f4433fc0
+import functools
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -18,12 +19,12 @@ from numba.extending import intrinsic, overload
 from .levels import DIGITS
 
 # %% ../../nbs/evaluation/kernels.ipynb #67e3b81b
-def _forget_former(dispatcher, function):
-    "What was kept of its file before it changed."
-    source = Path(function.__code__.co_filename)
-    for index in Path(dispatcher.stats.cache_path).glob(f"{source.stem}.{function.__qualname__}-*.nbi"):
+@functools.cache
+def _forget_former(source: str, folder: str):
+    "What a folder kept of a file before it changed."
+    for index in Path(folder).glob(f"{Path(source).stem}.*.nbi"):
         with suppress(OSError):
-            if index.stat().st_mtime < source.stat().st_mtime:
+            if index.stat().st_mtime < Path(source).stat().st_mtime:
                 index.unlink()
 
 # %% ../../nbs/evaluation/kernels.ipynb #c2030b1d
@@ -36,7 +37,7 @@ def compiled(
             dispatcher = njit(nogil=True, cache=True, **options)(function)
         except RuntimeError:  # no such folder
             return njit(nogil=True, **options)(function)
-        _forget_former(dispatcher, function)
+        _forget_former(function.__code__.co_filename, dispatcher.stats.cache_path)
         return dispatcher
     return compile
 
@@ -183,7 +184,7 @@ def fill_squares(
 @compiled()
 def write_unit(
     items: Items,  # (B,)
-    unit: np.ndarray,  # (B, D), float32, written
+    unit: np.ndarray,  # (B, D), float32 or float64, written
 ):
     "The unit rows of items."
     for i in range(len(unit)):

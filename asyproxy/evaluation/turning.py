@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .codes import Turn, bytes_multiply, float_type
-from .levels import Side
+from .levels import Side, evenly
 
 # %% ../../nbs/evaluation/turning.ipynb #1bb3ada9
 def _unit_rows(side: Side, places: np.ndarray) -> torch.Tensor:
@@ -19,18 +19,14 @@ def _unit_rows(side: Side, places: np.ndarray) -> torch.Tensor:
     return (rows / side.squares[places, None].sqrt().to(rows.dtype)).float()
 
 
-def _spread(size: int, most: int) -> np.ndarray:
-    "Places at equal distances, of so many at most."
-    return np.linspace(0, size - 1, min(size, most)).astype(int)
-
 # %% ../../nbs/evaluation/turning.ipynb #7d452900
 def _sampled(queries: Side, gallery: Side | None, size: int) -> tuple[torch.Tensor, ...]:
     "Unit rows of so many queries that have a positive, (Q, D); how many they have, the worst of these, the best, (Q,)."
-    searched, places = gallery or queries, _spread(len(queries.labels), size)
+    searched, places = gallery or queries, evenly(np.arange(len(queries.labels)), size)
     asked, labels = queries.labels.numpy()[places], searched.labels.numpy()
-    others = np.flatnonzero(np.isin(labels, asked))
-    taken = _spread(len(others), 8 * size)
-    of_each, others = len(others) / max(len(taken), 1), others[taken]
+    positives = np.flatnonzero(np.isin(labels, asked))
+    others = evenly(positives, 8 * size)
+    of_each = len(positives) / max(len(others), 1)
     same = asked[:, None] == labels[others]
     if gallery is None:
         same &= places[:, None] != others
@@ -87,7 +83,7 @@ def turn_for(
     rows, relevant, worst, best = _sampled(queries, gallery, 256)
     if not len(rows):
         return None
-    sample = _unit_rows(searched, _spread(size, 2048))
+    sample = _unit_rows(searched, evenly(np.arange(size), 2048))
     low = best if best_only else _floors(rows @ sample.T, relevant.numpy(), len(sample) / size).clamp(worst, best)
     axes = torch.linalg.eigh((sample.T @ sample).double()).eigenvectors.flip(1).float()
     turned = rows @ axes, sample @ axes, low, best

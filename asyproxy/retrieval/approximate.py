@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..evaluation.levels import evenly
 from ..files import write_atomically
 from .nearest import check_k, check_rows, nearest_dense, rows_left_out, unit_rows
 
@@ -99,7 +100,7 @@ def _asked(gallery: np.ndarray, queries: np.ndarray | None, sample: int) -> tupl
     "Queries, and what each may not find."
     if queries is not None:
         return queries, [[]] * len(queries)
-    rows = np.linspace(0, len(gallery) - 1, min(sample, len(gallery))).astype(np.int64)
+    rows = evenly(np.arange(len(gallery)), sample)
     return np.asarray(gallery[rows]), [[row] for row in rows]
 
 

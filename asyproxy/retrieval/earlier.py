@@ -19,13 +19,14 @@ from torch.nn.functional import normalize
 
 from ..data import ImageSet
 from ..evaluation import retrieval_metrics
+from ..evaluation.levels import evenly
 from ..files import save_tensors
 from ..model import EmbeddingModel, embed, save_model
 from ..model.earlier import model_of_state
 from ..model.embedding import model_hash
 from ..model.weights import read_weights
 from .building import image_files
-from .database import EmbeddingDatabase, evenly
+from .database import EmbeddingDatabase
 from .folder import save_database
 
 # %% ../../nbs/retrieval/earlier.ipynb #6c0aa49c

@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 
 from ..data import ImageData, ImageSet
+from ..evaluation.levels import evenly
 from ..model import EmbeddingModel, embed
 from .asking import check_model, search
-from .database import EmbeddingDatabase, evenly
+from .database import EmbeddingDatabase
 
 # %% ../../nbs/retrieval/examples.ipynb #2e6ebed7
 def _agrees(database: EmbeddingDatabase, table: pd.DataFrame) -> bool:

@@ -16,10 +16,11 @@ import pandas as pd
 from ..data.folders import is_image, walk
 from ..data.images import read_image
 from ..evaluation import retrieval_per_query
+from ..evaluation.levels import evenly
 from ..experiment import user_path
 from ..model import EmbeddingModel
 from .asking import ask_images, ask_items, search
-from .database import EmbeddingDatabase, evenly, picture
+from .database import EmbeddingDatabase, picture
 from ..text import one_line, shortened
 
 # %% ../../nbs/retrieval/questions.ipynb #8134f34c

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ..evaluation.levels import evenly
 from .asking import search
-from .database import EmbeddingDatabase, evenly
+from .database import EmbeddingDatabase
 from .folder import with_about
 from .nearest import nearest_codes, nearest_dense
 
