@@ -100,7 +100,8 @@ class EvaluationSpeed(Checked):
     scale: str = parameter(
         "1000,4000,16000,60000,250000", "numbers of images of the last part",
         within="[1000, inf)", listed=int, small="1000")
-    rounds: int = parameter(2, "each method is measured once in every round", within="[1, inf)", small=1)
+    rounds: int = parameter(4, "each method is measured once in every round, the largest set in every other",
+                            within="[1, inf)", small=1)
     seed: int = same(Experiment, "seed")
 
 # %% ../../nbs/study/parameters.ipynb #4e4a57c8
