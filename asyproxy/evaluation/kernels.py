@@ -259,29 +259,29 @@ def _bounds_for(product, x, i, y, j):
 
 # %% ../../nbs/evaluation/kernels.ipynb #062dabab
 @_inlined()
-def _subtract_differing(word, columns, out):
+def _subtract_differing(word, columns, first, out):
     for j in range(len(out)):
-        out[j] -= np.int32(ones(word ^ columns[j]))
+        out[j] = (np.int32(0) if first else out[j]) - np.int32(ones(word ^ columns[j]))
 
 
 @_inlined()
-def _subtract_differing_8(w, c, out):
+def _subtract_differing_8(w, c, first, out):
     a, b, d, e, f, g, h, i = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
     for j in range(len(out)):
-        out[j] -= np.int32(ones(a ^ c[0, j]) + ones(b ^ c[1, j]) + ones(d ^ c[2, j]) + ones(e ^ c[3, j])
-                           + ones(f ^ c[4, j]) + ones(g ^ c[5, j]) + ones(h ^ c[6, j]) + ones(i ^ c[7, j]))
+        out[j] = (np.int32(0) if first else out[j]) - np.int32(
+            ones(a ^ c[0, j]) + ones(b ^ c[1, j]) + ones(d ^ c[2, j]) + ones(e ^ c[3, j])
+            + ones(f ^ c[4, j]) + ones(g ^ c[5, j]) + ones(h ^ c[6, j]) + ones(i ^ c[7, j]))
 
 # %% ../../nbs/evaluation/kernels.ipynb #ad943e19
 @_inlined()
 def _minus_distances(code, columns, out):
     "Of one code and the codes of columns (W, C) into out (C,)."
-    out[:] = 0
     w = 0
     while w + 8 <= len(columns):
-        _subtract_differing_8(code[w:w + 8], columns[w:w + 8], out)
+        _subtract_differing_8(code[w:w + 8], columns[w:w + 8], w == 0, out)
         w += 8
     while w < len(columns):
-        _subtract_differing(code[w], columns[w], out)
+        _subtract_differing(code[w], columns[w], w == 0, out)
         w += 1
 
 
