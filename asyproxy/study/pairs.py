@@ -82,7 +82,7 @@ def in_a_sentence(
     points = f"{abs(found.mean):.1f} points of {metric}"
     if p <= 0.05 and (found.low > 0 or found.high < 0):
         word = "better" if found.mean > 0 else "worse"
-        return f"{second} is {word} than {first} by {points} ({_span(found)}; p = {p:.3f})."
+        return f"{second} did {word} than {first} by {points} ({_span(found)}; p = {p:.3f})."
     seen = f", and {found.detectable:.1f} would be four times in five" if found.pairs > 1 else ""
     return (f"No difference is shown at 95 % between {second} and {first}: {found.mean:+.1f} points of {metric} "
             f"({_span(found)}; p = {p:.2f}){seen}.")
