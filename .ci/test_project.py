@@ -807,12 +807,12 @@ def is_short(path: Path) -> bool:
 
 @pytest.mark.parametrize("path", sorted(set(library()) - set(pages()), key=lambda path: (is_short(path), path)), ids=name)
 def test_library_notebook(path, tmp_path, monkeypatch):
-    "As `nbdev_test` does it, in a process that is forked from one in which torch is there: that takes seconds a notebook."
+    "As `nbdev_test` does it, in a process that is forked from one in which the libraries are: they take seconds a notebook."
     for variable, value in ENVIRONMENT.items():
         monkeypatch.setenv(variable, value)
     monkeypatch.chdir(ROOT)
     context, said = multiprocessing.get_context("forkserver"), tmp_path / "said.txt"
-    context.set_forkserver_preload(["nbdev.test", "torchvision", "pandas"])
+    context.set_forkserver_preload(["nbdev.test", "torchvision", "pandas", "numba", "papermill", "scipy.stats", "timm"])
     process = context.Process(target=try_notebook, args=(str(path), str(said)))
     process.start()
     process.join()
