@@ -11,6 +11,7 @@ import math
 import shlex
 import signal
 import sys
+from pathlib import Path
 
 from ..experiment import Images, expectation, parameters
 from .environment import checkout, output_folder
@@ -256,12 +257,20 @@ def _is_reported() -> bool:
     return True
 
 
+def _short_tables(folder: Path) -> list[Path]:
+    "Of the report: how the losses of the plan stand on each data set, and what else was run."
+    return sorted(folder.glob("report/standings-*.md")) + sorted(folder.glob("report/summary-*.md"))
+
+
 def _report():
     "Draws all records, and prints the short tables and where the figures are. Raises RuntimeError where any failed."
     folder, reported = output_folder("figures"), _is_reported()
     failed = [record for record in _drawable() if not _redraw(record)]
-    for path in sorted(folder.glob("report/summary-*.md")) if reported else ():
-        print(f"\n{path.stem.removeprefix('summary-')}\n\n{path.read_text(encoding='utf-8')}")
+    for path in _short_tables(folder) if reported else ():
+        lines = path.read_text(encoding="utf-8").rstrip().splitlines()
+        told = lines if len(lines) <= 40 else [f"{len(lines)} lines: {path.relative_to(folder.parent)}"]
+        print(f"\n{path.stem.replace('-', ' of ', 1)}\n", *told, sep="\n")
+    print()
     print("Figures (each as PDF and PNG):")
     for path in sorted(folder.rglob("*.png")) + sorted(folder.rglob("*.gif")):
         print(f"  {path.relative_to(folder.parent)}")
