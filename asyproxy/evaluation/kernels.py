@@ -425,6 +425,19 @@ def _compare(products, row, columns, flags, above, ties):
                 flags[j] |= _open(lower, upper, columns.low[j], columns.high[j], ties) << np.uint8(1)
     return sure, tied
 
+# %% ../../nbs/evaluation/kernels.ipynb #ab275941
+@_inlined(fastmath=FAST)
+def _reach(products, row, columns, above, ties):
+    "Whether any similarity may reach a level of the row's query or, if above isn't None, of the column's."
+    found = np.int32(0)
+    for j in range(len(products)):
+        upper = np.float32(products[j])
+        if ties is None:
+            upper = upper * row.scale * columns.scale[j] + (row.error + columns.error[j])
+        low = row.low if above is None else min(row.low, columns.low[j])
+        found |= np.int32(upper >= low)
+    return found != 0
+
 # %% ../../nbs/evaluation/kernels.ipynb #ea29b6a5
 @_inlined(fastmath=FAST)
 def _compare_row(products, query, left, row, columns, flags, above, ties):
@@ -518,9 +531,15 @@ def scan(
     columns = _slice(Known(y.scale, y.error, counts.low, counts.high), tile.left, tile.left + n)
     distances, embedding = np.empty(n, np.int32), np.empty(x.exact.shape[1])
     flags = None if words is None else words.view(np.uint8)
+    looked, reached = 0, 0
     for q in range(tile.top, tile.bottom):
         products = _products(tile, q, x, distances)
         row = Known(x.scale[q], x.error[q], counts.low[q], counts.high[q])
+        if reached < 16 or 2 * reached < looked:
+            looked += 1
+            if not _reach(products, row, columns, above, ties):
+                continue
+            reached += 1
         sure, tied = _compare_row(products, counts.queries[q], tile.left, row, columns, flags, above, ties)
         _add_sure(q, sure, tied, counts)
         if words is not None and _any(words):
