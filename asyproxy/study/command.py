@@ -246,6 +246,14 @@ def _redraw(record: dict) -> bool:
     print(*(f"  {note}" for note in notes), sep="\n", end="\n" if notes else "", flush=True)
     return True
 
+# %% ../../nbs/study/command.ipynb #4c2a9e32
+def _print_tables(folder: Path):
+    "Of the report: how the losses of the plan stand on each data set, and what else was run; where a long table is."
+    for path in sorted(folder.glob("report/standings-*.md")) + sorted(folder.glob("report/summary-*.md")):
+        lines = path.read_text(encoding="utf-8").rstrip().splitlines()
+        told = lines if len(lines) <= 40 else [f"{len(lines)} lines: {path.relative_to(folder.parent)}"]
+        print(f"\n{path.stem.replace('-', ' of ', 1)}\n", *told, sep="\n")
+
 # %% ../../nbs/study/command.ipynb #833dfcd6
 def _is_reported() -> bool:
     "Runs the report; whether that went well."
@@ -257,21 +265,13 @@ def _is_reported() -> bool:
     return True
 
 
-def _short_tables(folder: Path) -> list[Path]:
-    "Of the report: how the losses of the plan stand on each data set, and what else was run."
-    return sorted(folder.glob("report/standings-*.md")) + sorted(folder.glob("report/summary-*.md"))
-
-
 def _report():
     "Draws all records, and prints the short tables and where the figures are. Raises RuntimeError where any failed."
     folder, reported = output_folder("figures"), _is_reported()
     failed = [record for record in _drawable() if not _redraw(record)]
-    for path in _short_tables(folder) if reported else ():
-        lines = path.read_text(encoding="utf-8").rstrip().splitlines()
-        told = lines if len(lines) <= 40 else [f"{len(lines)} lines: {path.relative_to(folder.parent)}"]
-        print(f"\n{path.stem.replace('-', ' of ', 1)}\n", *told, sep="\n")
-    print()
-    print("Figures (each as PDF and PNG):")
+    if reported:
+        _print_tables(folder)
+    print("\nFigures (each as PDF and PNG):")
     for path in sorted(folder.rglob("*.png")) + sorted(folder.rglob("*.gif")):
         print(f"  {path.relative_to(folder.parent)}")
     if failed or not reported:
