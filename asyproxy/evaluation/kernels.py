@@ -386,6 +386,15 @@ def _one_if(condition):
 
 
 @_inlined(fastmath=FAST)
+def _from_to(product, scale, error, ties):
+    "Between what a similarity lies, by the product of codes; scale and error: of both items together."
+    if ties is not None:
+        return np.float32(product), np.float32(product)
+    near = np.float32(product) * scale
+    return near - error, near + error
+
+
+@_inlined(fastmath=FAST)
 def _ties(similarity, low, high, flags):
     "Whether a similarity, known exactly, is that of the only level; without flags no query has another."
     if flags is None:
@@ -406,12 +415,7 @@ def _compare(products, row, columns, flags, above, ties):
     "How many are above all levels of the row's query, and tied with its only one; for columns into above and ties."
     sure, tied = np.float32(0), np.float32(0)
     for j in range(len(products)):
-        if ties is None:
-            near = np.float32(products[j]) * row.scale * columns.scale[j]
-            bound = row.error + columns.error[j]
-            lower, upper = near - bound, near + bound
-        else:
-            lower = upper = np.float32(products[j])
+        lower, upper = _from_to(products[j], row.scale * columns.scale[j], row.error + columns.error[j], ties)
         sure += _one_if(lower > row.high)
         if ties is not None:
             tied += _one_if(_ties(lower, row.low, row.high, flags))
@@ -431,9 +435,7 @@ def _reach(products, row, columns, above, ties):
     "Whether any similarity may reach a level of the row's query or, if above isn't None, of the column's."
     found = np.int32(0)
     for j in range(len(products)):
-        upper = np.float32(products[j])
-        if ties is None:
-            upper = upper * row.scale * columns.scale[j] + (row.error + columns.error[j])
+        _, upper = _from_to(products[j], row.scale * columns.scale[j], row.error + columns.error[j], ties)
         low = row.low if above is None else min(row.low, columns.low[j])
         found |= np.int32(upper >= low)
     return found != 0

@@ -248,7 +248,7 @@ def _redraw(record: dict) -> bool:
 
 # %% ../../nbs/study/command.ipynb #4c2a9e32
 def _print_tables(folder: Path):
-    "Of the report: how the losses of the plan stand on each data set, and what else was run; where a long table is."
+    "Of the report: how the losses of the plan stand on each data set, and what else was run; a long one by its path."
     for path in sorted(folder.glob("report/standings-*.md")) + sorted(folder.glob("report/summary-*.md")):
         lines = path.read_text(encoding="utf-8").rstrip().splitlines()
         told = lines if len(lines) <= 40 else [f"{len(lines)} lines: {path.relative_to(folder.parent)}"]
