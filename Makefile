@@ -8,8 +8,8 @@ BIN := $(VENV)/bin
 .PHONY: study test lab bench build outputs explore docs
 study: $(VENV)/ready
 	$(BIN)/asyproxy run toy
-	@set -e; for seed in 0 1 2; do for loss in moving learnable; do \
-	  echo "asyproxy run benchmark -p loss $$loss -p seed $$seed"; $(BIN)/asyproxy run benchmark -p loss $$loss -p seed $$seed; done; done
+	@set -e; for seed in 0 1 2; do \
+	  echo "asyproxy run benchmark -p seed $$seed"; $(BIN)/asyproxy run benchmark -p seed $$seed; done
 	$(BIN)/asyproxy report
 	@$(BIN)/python .ci/project.py retell
 

@@ -28,9 +28,10 @@ from project import ROOT, default_run, executed, hear, library, outputs_of, page
 from wheels import WITHOUT, wanted
 
 from asyproxy.experiment import Experiment, parameters_cell, smallest
+from asyproxy.experiment import run_id as called
 from asyproxy.fixtures.notebooks import write_study
 from asyproxy.study.parameters import STUDIES
-from asyproxy.study.record import record_text
+from asyproxy.study.record import described, record_text, upgraded
 
 # A test sees no GPU, no hub and none of the user's own results; two run at a time, so each has one thread.
 ENVIRONMENT = os.environ | {
@@ -103,6 +104,15 @@ def test_records_of_another_machine_are_noticed(tmp_path):
     for run_id in ("two-0", "three-0"):
         (records / f"{run_id}.json").write_text('{"other": 1}')
     assert repeated(tmp_path) == {"two-0"}
+
+
+def test_runs_keep_their_names():
+    "A run that is on record would be called today what it was called then, so that a batch finds it."
+    for path in (ROOT / "figures" / "records").glob("*.json"):
+        record = upgraded(json.loads(path.read_text()))
+        known = described(record["study"], record["parameters"])
+        fingerprint = record.get("data", {}).get("sha256", "")
+        assert called(record["study"], known, record["parameters"], fingerprint) == record["run_id"] == path.stem
 
 
 def test_readme_is_the_index():
@@ -526,7 +536,7 @@ WRONG = (
     ("validation", "0.9", "leaves at least two of the 7 training classes"), ("weights", "no.pth", "there is no such file"),
     ("device", "cuda", "expected a device of this machine"), ("precision", "tf32", "expected a GPU for precision tf32"),
     ("loss_options", "margn=1", "margn"), ("feature_dim", "0", "feature_dim to be at least 1"),
-    ("schedule", "linear", "step, cosine, constant"), ("warm_up", "2", "fewer epochs than num_epochs (2), got 2"),
+    ("schedule", "linear", "step, cosine, constant"), ("warm_up", "4", "fewer epochs than num_epochs (4), got 4"),
     ("with_test", "false", "with_test with oracle"),
 )
 

@@ -78,6 +78,12 @@ class Parameter:
     result: bool = True  # what is measured depends on it: another value is another row of a table
     before: bool = False  # also what is measured before any training depends on it
     small: str | int | float | bool | None = None  # its value in tests of a whole study; None: the default
+    first: str | int | float | bool | None = None  # its default when runs were first named, where it was another one
+
+    @property
+    def unsaid(self) -> str | int | float | bool:
+        "The value that the name of a run leaves out: a new default renames no run."
+        return self.default if self.first is None else self.first
 
     def names(
         self,
@@ -127,8 +133,9 @@ def same(
 ):
     "The field of a parameter that is described elsewhere."
     described = {one.name: one for one in fields(study)}[name]
-    metadata = {**described.metadata, **changed}
-    return field(default=described.default if default is MISSING else default, metadata=metadata)
+    own = {} if default is MISSING else {"first": None}
+    return field(default=described.default if default is MISSING else default,
+                 metadata={**described.metadata, **own, **changed})
 
 # %% ../nbs/experiment.ipynb #851e7f89
 def plain(
@@ -271,11 +278,12 @@ class Model(Images):
     frozen_norm: bool = parameter(True, "the statistics of BatchNorm stay as they are while it trains")
     feature_dim: int = parameter(512, "dimensions of an embedding", within="[1, inf)", small=8)
     loss: str = parameter("moving", "loss", choices="asyproxy.loss:LOSSES")
-    temperature: float = parameter(0.2, "divides the cosines", within="(0, inf)")
-    momentum: float = parameter(0.5, "weight of the new features in a proxy", within="[0, 1]")
+    temperature: float = parameter(0.073, "divides the cosines", within="(0, inf)", first=0.2)
+    momentum: float = parameter(0.09, "weight of the new features in a proxy", within="[0, 1]", first=0.5)
     loss_options: str = parameter("", "what else the loss takes, such as margin=0.1,lr_factor=10")
     initial_proxies: str = parameter(
-        "random", "means: where a first pass finds the classes", choices=("random", "means"))
+        "means", "of a loss that has any; means: where a first pass finds the classes", choices=("random", "means"),
+        first="random")
 
 # %% ../nbs/experiment.ipynb #b8598624
 @dataclass(frozen=True)
@@ -284,10 +292,10 @@ class Experiment(Model):
     recalls: str = parameter(
         "1,2,4,8", "each K of Recall@K", within="[1, inf)", listed=int, identity=False, result=False)
     batch_size: int = parameter(32, "of all devices together", within="[1, inf)")
-    lr: float = parameter(2e-4, "of Adam", within="(0, inf)", small=0.001)
+    lr: float = parameter(2.5e-4, "of Adam", within="(0, inf)", small=0.001, first=2e-4)
     projection_lr_factor: float = parameter(1.0, "times lr: that of the projection", within="[0, inf)")
     weight_decay: float = parameter(0.0, "decoupled, of the weights of the model", within="[0, inf)")
-    num_epochs: int = parameter(2, "passes over the training images", within="[1, inf)")
+    num_epochs: int = parameter(4, "passes over the training images", within="[1, inf)", first=2)
     schedule: str = parameter(
         "step", "of lr after the warm-up; step: a tenth from half the epochs on",
         choices=("step", "cosine", "constant"))
@@ -365,9 +373,9 @@ def identity(
     described: dict[str, Parameter],  # what is known of the parameters
     values: dict,  # parameter -> value
 ) -> dict:
-    "The parameters that make a run another one, where they are not the default."
+    "The parameters that make a run another one, where they have to be said."
     return {name: value for name, value in published(described, values).items()
-            if described[name].identity and value != described[name].default}
+            if described[name].identity and value != described[name].unsaid}
 
 # %% ../nbs/experiment.ipynb #03af0652
 _SPOKEN = ("data_name", "backbone_type", "loss", "feature_dim", "seed")  # parameters that a run is called by

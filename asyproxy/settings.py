@@ -24,7 +24,7 @@ def epochs_for(
 # %% ../nbs/settings.ipynb #5e77100b
 def own_setting(
     images: int,  # that train, at least 1
-) -> dict:  # parameter of the benchmark -> value, where it is not the default
+) -> dict:  # parameter of the benchmark -> value
     "The best setting for so many photographs of one's own."
     about = ("data_name", "data_path", "split_seed")
     values = {name: value for name, value in _settings()[0]["fixed"].items() if name not in about}

@@ -328,7 +328,8 @@ def _quoted(value) -> str:
     return f"$'{''.join(safe)}'"  # of bash and zsh
 
 # %% ../../nbs/data/prepare.ipynb #4ec191dd
-OF_PAPERS = {"backbone_type": "resnet50", "batch_size": 128, "num_epochs": 30}  # on every benchmark
+OF_PAPERS = {"backbone_type": "resnet50", "momentum": 0.5, "initial_proxies": "random", "batch_size": 128,
+             "num_epochs": 30}  # on every benchmark
 
 
 def _study(data: ImageData, entry: DataSet, options: dict) -> str:
@@ -342,7 +343,8 @@ def _proposed(data: ImageData, entry: DataSet, study: str) -> dict:
     "The parameters of a study that suit the images, where they are not the default."
     values = {**OF_PAPERS, **entry.protocol} if entry.protocol and study == "benchmark" else {}
     if data.name == "own" and study == "benchmark":
-        values |= own_setting(int((data.table["split"] == "train").sum()))
+        setting = own_setting(int((data.table["split"] == "train").sum()))
+        values |= {name: value for name, value in setting.items() if value != getattr(Experiment, name)}
     if study in ("benchmark", "evaluate"):
         recalls = _recalls(data, values.get("recalls", Experiment.recalls))
         values |= {"recalls": recalls} if entry.protocol or recalls != Experiment.recalls else {}

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..children import ended_by
 from .plan import Job, Plan, due
+from .plan_cost import in_all
 from .record import BUSY, busy, finished, places, run_folder
 from .run import find_notebook, looking
 
@@ -78,6 +79,7 @@ class Batch:
         self.plan, self.executor, self.begun = plan, executor, time.monotonic()
         self.tasks: dict[Job, Task] = {}
         self.known = -1  # how many runs had ended when it was last asked which are due
+        self.total = 0  # runs, those among them that follow from a search
         self.places: dict[Job, int] = {}  # of those that are due, in the order of the plan
 
     def outcomes(self) -> dict[Job, dict | str]:
@@ -114,7 +116,8 @@ def look(
             while new:
                 batch.tasks |= {job: _task(job, identify) for job in new}
                 new = _new(batch)
-    batch.known = len(batch.outcomes())
+    outcomes = batch.outcomes()
+    batch.known, batch.total = len(outcomes), in_all(batch.plan, outcomes)
 
 # %% ../../nbs/study/batch.ipynb #b88fa6e8
 def _start(executor, tasks: list[Task], running: int):

@@ -16,7 +16,7 @@ from typing import TextIO
 
 from .batch import Batch, Task
 from .inventory import inventory, last_epoch, main_result
-from .plan import blocked, expected
+from .plan import blocked
 from .plan_cost import estimate, in_short, of_time
 from .record import busy
 from ..text import one_line, text_width
@@ -61,7 +61,7 @@ def counted(
     before, done, failed = (len(batch.within(state)) for state in ("complete", "done", "failed"))
     running, elsewhere = len(batch.within("running")), len(batch.within("elsewhere"))
     goes_on = running or elsewhere or batch.within("waiting")
-    total = max(expected(batch.plan), len(batch.tasks)) if goes_on else len(batch.tasks)
+    total = max(batch.total, len(batch.tasks)) if goes_on else len(batch.tasks)
     to_come = total - before - done - failed - running - elsewhere
     numbers = {"running": running, "in another process": elsewhere, "failed": failed, "to come": to_come}
     said = [f"{number} {state}" for state, number in numbers.items() if number]
@@ -131,7 +131,7 @@ def outlook(
     records: list[dict],  # of `read_records`
 ) -> list[str]:  # lines
     "What the batch would do."
-    complete, total = len(batch.within("complete")), max(expected(batch.plan), len(batch.tasks))
+    complete, total = len(batch.within("complete")), max(batch.total, len(batch.tasks))
     tasks = [task for task in batch.tasks.values() if task.state != "complete"]
     kept = {entry.identity: entry.size for entry in inventory() if entry.state == "complete"}
     cost = estimate(batch.plan, batch.outcomes(), records, kept)

@@ -11,18 +11,24 @@ import json
 from ..experiment import Experiment, Images, parameters
 from .conclusions import selected
 from .contest import CARS, Entry, tested
+from .results import without_effect
+
+# %% ../../nbs/study/ending.ipynb #0f06e222
+_CHOSEN = ("loss", "temperature", "momentum", "initial_proxies", "lr", "num_epochs")
+
+
+def _setting(values: dict) -> dict:
+    "What a search may choose, and all else that is not the default; a default that changes later changes no setting."
+    described, idle = parameters(Experiment), without_effect(values["loss"])
+    others = (*parameters(Images), *idle, "seed", "retrieval_num")
+    return {name: value for name, value in values.items()
+            if name not in others and (name in _CHOSEN or value != described[name].default)}
 
 # %% ../../nbs/study/ending.ipynb #2d38c1f0
-def _own(values: dict) -> dict:
-    "What an experiment has of its own: no images, no seed, no default."
-    described, others = parameters(Experiment), (*parameters(Images), "seed", "retrieval_num")
-    return {name: value for name, value in values.items() if name not in others and value != described[name].default}
-
-
 def endings(
     found: list[Entry],  # of `entries`
     parts: tuple[str, ...] = CARS,  # of the plan, in which all settings meet the same photographs
-) -> dict[str, dict]:  # contender -> parameters that are not the default, the best contender first
+) -> dict[str, dict]:  # contender -> parameters of the benchmark, the best contender first
     "What each loss ends with; empty as long as no run has."
     rows = tested(found, parts)
     if rows.empty:
@@ -31,7 +37,7 @@ def endings(
     best = {}
     for name, chosen_on in means.index:
         best.setdefault(name, chosen_on)
-    return {name: _own(next(one.record["parameters"] for one in found if one.part in parts
+    return {name: _setting(next(one.record["parameters"] for one in found if one.part in parts
                             and (one.contender, one.chosen_on) == (name, chosen_on)))
             for name, chosen_on in best.items()}
 

@@ -23,7 +23,7 @@ class Toy(Checked):
         "auto", "auto: convnet for digits, resnet18 for stl10", choices="asyproxy.model:BACKBONES")
     weights: str = same(Experiment, "weights", "random", small=None)
     temperature: float = same(Experiment, "temperature", 0.1)
-    momentum: float = same(Experiment, "momentum")
+    momentum: float = same(Experiment, "momentum", 0.5)
     with_learnable_proxy: bool = parameter(True, "also train learnable proxies, for comparison")
     temperatures: str = parameter(
         "0.03,0.1,0.3", "of the sweep, at the momentum above", within="(0, inf)", listed=float, small="0.1")

@@ -172,13 +172,13 @@ def _best_of(name, before: list[Part], names: list[str]) -> Part:
 
 # %% ../../nbs/study/plan_parts.ipynb #c1cf8267
 def _matched(search: Part, fixed: dict, points: Sequence[dict], where: dict) -> list[tuple[int, dict]]:
-    "Each point of a search with the points that agree with it. Raises ValueError on one that agrees with none."
+    "Each point of a search with those that agree in what both say. Raises ValueError on one that agrees with none."
     for name in search.varied:
         if name in fixed and name not in where and any(point.get(name) == fixed[name] for point in search.points):
             raise ValueError(f"expected {name} in grid, where it says whose winner is taken, got it in fixed, "
                              f"which is set over the winner of every {name}")
     def agree(one: dict, other: dict) -> bool:
-        return all(one[name] == other.get(name) for name in search.varied if name in one)
+        return all(one[name] == other[name] for name in search.varied if name in one and name in other)
     for point in points:
         if not any(agree(point, other) for other in search.points):
             shared = {name: value for name, value in point.items() if name in search.varied}

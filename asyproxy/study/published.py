@@ -33,7 +33,7 @@ def published(
 
 # %% ../../nbs/study/published.ipynb #5fa93129
 BACKBONES = ("resnet50", "inception", "googlenet")  # of the paper, in the order of its tables
-_ALL = {"loss": "moving", "feature_dim": 512, "batch_size": 128, "num_epochs": 30}
+_ALL = {"loss": "moving", "feature_dim": 512, "initial_proxies": "random", "batch_size": 128, "num_epochs": 30}
 PROTOCOL: dict[str, dict[str, Any]] = {  # data_name -> the parameters that differ from the benchmark's defaults
     "car": {**_ALL, "temperature": 0.03, "lr": 1e-4, "momentum": 0.5, "recalls": "1,2,4,8"},
     "cub": {**_ALL, "temperature": 0.03, "lr": 1e-4, "momentum": 0.5, "recalls": "1,2,4,8"},

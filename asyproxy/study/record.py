@@ -60,7 +60,7 @@ def upgraded(
     if values.get("loss") == "asymptotic":
         values["loss"] = "moving"
     known = described(record["study"], values)
-    defaults = {name: one.default for name, one in known.items()}
+    defaults = {name: one.unsaid for name, one in known.items()}
     return {**_renamed(record), "parameters": {**defaults, **values}}
 
 # %% ../../nbs/study/record.ipynb #17246f15

@@ -182,7 +182,8 @@ def _train(experiment: Experiment, folder: Path, device: torch.device, data: Ima
     model.image_size, model.test_resize = data.image_size, data.test_resize
     criterion = starting_loss(experiment, len(images.classes))
     model, criterion = model.to(device), criterion.to(device)
-    if experiment.initial_proxies == "means" or LOSSES[experiment.loss].at_means:
+    entry = LOSSES[experiment.loss]
+    if entry.proxies and (entry.at_means or experiment.initial_proxies == "means"):
         _begin_at_means(criterion, model, ImageSet(data, train_rows), experiment.num_workers)
     validate, select = _validation(experiment, data, validation_rows), SELECT if experiment.validation else None
     before = validate(model, features=True) if select else None
@@ -213,8 +214,6 @@ def _check(experiment: Experiment, device: torch.device):
     if experiment.devices > 1 and not entry.several_processes:
         raise ValueError(f"expected devices 1 with the loss {experiment.loss}, "
                          f"which sees only the images of its own process, got {experiment.devices}")
-    if experiment.initial_proxies == "means" and not entry.proxies:
-        raise ValueError(f"expected a loss with proxies for initial_proxies means, {experiment.loss} has none")
     if experiment.oracle and not experiment.with_test:
         raise ValueError("expected with_test with oracle, which tests after each epoch, got oracle without")
     check_recipe(num_epochs=experiment.num_epochs, warm_up=experiment.warm_up, patience=experiment.patience,
