@@ -203,11 +203,21 @@ def tell(paths: list[Path]):
     (ROOT / "README.md").write_text(readme())
 
 
+def ended() -> str:
+    "The settings that the study ends with, as a file."
+    from asyproxy.study import read_records
+    from asyproxy.study.contest import entries, shipped_plan
+    from asyproxy.study.ending import endings, settings_text
+
+    return settings_text(endings(entries(shipped_plan("embedded"), read_records("benchmark"))))
+
+
 def build(paths: list[Path]):
     "All that is made from the notebooks, and the outputs of these or of the whole library."
     subprocess.run(["nbdev_export"], check=True, cwd=ROOT)
     for path in studies():
         write_parameters(path)
+    (ROOT / "asyproxy" / "settings.json").write_text(ended())
     tell(paths or library())
 
 

@@ -24,7 +24,9 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from project import ROOT, default_run, executed, hear, library, outputs_of, pages, readme, repeated, studies, try_notebook
+from project import (
+    ROOT, default_run, ended, executed, hear, library, outputs_of, pages, readme, repeated, studies, try_notebook,
+)
 from wheels import WITHOUT, wanted
 
 from asyproxy.experiment import Experiment, parameters_cell, smallest
@@ -113,6 +115,10 @@ def test_runs_keep_their_names():
         known = described(record["study"], record["parameters"])
         fingerprint = record.get("data", {}).get("sha256", "")
         assert called(record["study"], known, record["parameters"], fingerprint) == record["run_id"] == path.stem
+
+
+def test_settings_are_those_that_the_study_ends_with():
+    assert (ROOT / "asyproxy" / "settings.json").read_text() == ended(), "expected settings as the records say: make build"
 
 
 def test_readme_is_the_index():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WITH_MARGIN', 'TESTS', 'CARS', 'SETS', 'finder_among', 'progress', 'contender', 'Entry', 'entries', 'choices',
-           'shipped_plan', 'chosen_settings', 'budgets', 'unequal', 'tested', 'by_set']
+           'shipped_plan', 'chosen_settings', 'budgets', 'unequal', 'tested', 'by_set', 'by_setting', 'called']
 
 # %% ../../nbs/study/contest.ipynb #b32ed297
 import os
@@ -217,3 +217,19 @@ def by_set(
     tables = {data: tested(found, parts) for data, (_, parts) in SETS.items()}
     tables = {data: rows[rows["data_name"] == data] for data, rows in tables.items() if len(rows)}
     return {data: rows for data, rows in tables.items() if len(rows)}
+
+# %% ../../nbs/study/contest.ipynb #57296fd9
+def by_setting(
+    found: list[Entry],  # of `entries`
+) -> dict[tuple[str, str], pd.DataFrame]:  # data_name and set on which settings were chosen -> rows of `tested`
+    "What was measured on each set with the settings of each."
+    return {(data, str(chosen_on)): rows for data, table in by_set(found).items()
+            for chosen_on, rows in table.groupby("chosen_on", sort=False)}
+
+
+def called(
+    data: str,  # data_name
+    chosen_on: str,  # set on which settings were chosen
+) -> str:  # such as "Letters", "Cars, settings of emoji"
+    "A set and where its settings are from, in words."
+    return SETS[data][0] + ("" if chosen_on == data else f", settings of {SETS[chosen_on][0].lower()}")
