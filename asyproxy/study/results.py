@@ -78,7 +78,7 @@ def without_effect(
 def _settings(values: dict) -> dict:
     "The parameters that a result depends on, except the seed; nothing in those that its loss doesn't take."
     described = parameters(Experiment)
-    everything = {**{name: one.default for name, one in described.items()}, **values}
+    everything = {**{name: one.unsaid for name, one in described.items()}, **values}
     known = {name: _hashable(value) for name, value in everything.items()
              if name != "seed" and (name not in described or described[name].result)}
     return known | without_effect(known["loss"])
