@@ -231,8 +231,8 @@ def repeated(root: Path = ROOT) -> set[str]:
 def retell(paths: list[Path]):
     "Lets outputs, pages and README tell what this machine found, if that is not what was committed."
     if runs := repeated():
-        print(f"{len(runs)} records are not as committed: another processor or number of threads rounds otherwise. "
-              "Pages that tell of them:", flush=True)
+        print(f"{len(runs)} record{'s are' if len(runs) > 1 else ' is'} not as committed: another processor or number of "
+              "threads rounds otherwise. Pages that tell of them:", flush=True)
         show([path for path in paths or studies() if path.stem == "report" or default_run(path.stem) in runs])
         tell(pages())
 
