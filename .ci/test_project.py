@@ -30,10 +30,9 @@ from project import (
 from wheels import WITHOUT, wanted
 
 from asyproxy.experiment import Experiment, parameters_cell, smallest
-from asyproxy.experiment import run_id as called
 from asyproxy.fixtures.notebooks import write_study
 from asyproxy.study.parameters import STUDIES
-from asyproxy.study.record import described, record_text, upgraded
+from asyproxy.study.record import record_text
 
 # A test sees no GPU, no hub and none of the user's own results; two run at a time, so each has one thread.
 ENVIRONMENT = os.environ | {
@@ -106,15 +105,6 @@ def test_records_of_another_machine_are_noticed(tmp_path):
     for run_id in ("two-0", "three-0"):
         (records / f"{run_id}.json").write_text('{"other": 1}')
     assert repeated(tmp_path) == {"two-0"}
-
-
-def test_runs_keep_their_names():
-    "A run that is on record would be called today what it was called then, so that a batch finds it."
-    for path in (ROOT / "figures" / "records").glob("*.json"):
-        record = upgraded(json.loads(path.read_text()))
-        known = described(record["study"], record["parameters"])
-        fingerprint = record.get("data", {}).get("sha256", "")
-        assert called(record["study"], known, record["parameters"], fingerprint) == record["run_id"] == path.stem
 
 
 def test_settings_are_those_that_the_study_ends_with():

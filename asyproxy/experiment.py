@@ -133,9 +133,12 @@ def same(
 ):
     "The field of a parameter that is described elsewhere."
     described = {one.name: one for one in fields(study)}[name]
-    own = {} if default is MISSING else {"first": None}
-    return field(default=described.default if default is MISSING else default,
-                 metadata={**described.metadata, **own, **changed})
+    known = dict(described.metadata)
+    if default is MISSING:
+        default = described.default
+    else:
+        known["first"] = None  # a default of the study's own
+    return field(default=default, metadata=known | changed)
 
 # %% ../nbs/experiment.ipynb #851e7f89
 def plain(

@@ -44,6 +44,11 @@ class LossEntry:
     at_means: bool = False  # its proxies begin at the class means, whatever the experiment says of them
     per_class: int | None = None  # images of each class in a batch; None: any batch will do
 
+    @property
+    def takes_start(self) -> bool:
+        "Whether its proxies begin where the experiment says."
+        return self.proxies and not self.at_means
+
 # %% ../../nbs/loss/catalogue.ipynb #cb1848b8
 _MARGIN = Option(0.0, 0.0, 1.0, "taken from the cosine of the own class")
 _SCALE = Option(64.0, 0.1, 1000.0, "of the cosines")

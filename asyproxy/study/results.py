@@ -64,15 +64,15 @@ def recall_names(
 # %% ../../nbs/study/results.ipynb #2e8c9ca8
 def without_effect(
     loss: str,  # its name
-) -> dict[str, str]:  # parameter -> ""
-    "Nothing for each parameter of proxies that a loss of the catalogue doesn't take."
+) -> set[str]:  # parameters
+    "What a loss of the catalogue doesn't take of temperature, momentum and initial_proxies."
     from asyproxy.loss import LOSSES  # with torch; only where there is a table to be made
 
     if loss not in LOSSES:
-        return {}
+        return set()
     entry = LOSSES[loss]
-    starts = ["initial_proxies"] if entry.proxies and not entry.at_means else []
-    return dict.fromkeys({"temperature", "momentum", "initial_proxies"}.difference(entry.parameters, starts), "")
+    taken = {*entry.parameters, *(["initial_proxies"] if entry.takes_start else [])}
+    return {"temperature", "momentum", "initial_proxies"} - taken
 
 
 def _settings(values: dict) -> dict:
@@ -81,7 +81,7 @@ def _settings(values: dict) -> dict:
     everything = {**{name: one.unsaid for name, one in described.items()}, **values}
     known = {name: _hashable(value) for name, value in everything.items()
              if name != "seed" and (name not in described or described[name].result)}
-    return known | without_effect(known["loss"])
+    return known | dict.fromkeys(without_effect(known["loss"]), "")
 
 
 def _hashable(value):

@@ -183,7 +183,7 @@ def _train(experiment: Experiment, folder: Path, device: torch.device, data: Ima
     criterion = starting_loss(experiment, len(images.classes))
     model, criterion = model.to(device), criterion.to(device)
     entry = LOSSES[experiment.loss]
-    if entry.proxies and (entry.at_means or experiment.initial_proxies == "means"):
+    if entry.at_means or entry.takes_start and experiment.initial_proxies == "means":
         _begin_at_means(criterion, model, ImageSet(data, train_rows), experiment.num_workers)
     validate, select = _validation(experiment, data, validation_rows), SELECT if experiment.validation else None
     before = validate(model, features=True) if select else None

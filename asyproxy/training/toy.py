@@ -51,7 +51,7 @@ def train_on_circle(
     device: str | torch.device = "cpu",  # that trains
 ) -> dict:  # proxies (epochs + 1, C, 2); embeddings (epochs + 1, N, 2); labels (N,); accuracy, gaps, recall@1
     "Trains a 2-D embedding and remembers each epoch; labels of new classes come last. Raises ValueError on the loss."
-    if loss in LOSSES and (not LOSSES[loss].proxies or LOSSES[loss].at_means):
+    if loss in LOSSES and not LOSSES[loss].takes_start:
         raise ValueError(f"expected a loss with proxies that go somewhere, got {loss}")
     seed_everything(seed)
     model = EmbeddingModel(backbone_type, 2, weights=weights).to(device)
