@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'selected', 'complete', 'standings', 'overview', 'values_of', 'against', 'sentences', 'hypothesis',
-           'effects']
+           'effects', 'leanings', 'lie_of_classes', 'goes_with']
 
 # %% ../../nbs/study/conclusions.ipynb #0dc04bf8
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pandas as pd
 
 from .pairs import Difference, difference, holm, in_a_sentence, verdict
-from .results import value_text
+from .results import STAGES, value_text
 from .tables import in_percent
 
 # %% ../../nbs/study/conclusions.ipynb #e5e9f525
@@ -142,3 +142,61 @@ def effects(
             f" (sd {100 * group[metric].std():.1f})" if len(group) > 1 else "") for metric, text in METRICS.items()}
         table.append(said | {"loss": title(keys[1]), "runs": str(len(group))} | cells)
     return pd.DataFrame(table)
+
+# %% ../../nbs/study/conclusions.ipynb #ca281764
+def _behind(name: str, gap: pd.Series) -> str:
+    "How far a value stays below the best one, seed by seed."
+    return f"{name} by {gap.mean():.1f}" + ("" if (gap > 0).all() else " (not with each seed)")
+
+
+def leanings(
+    rows: pd.DataFrame,  # of `selected`, of a part of the plan
+    names: list[str],  # of the parameters that it varies
+    title: Callable[[str], str] = str,  # of a contender
+) -> list[str]:  # without contenders that have met fewer than two values with the same seeds
+    "Which value each contender does best with, by MAP@R."
+    said = []
+    for (data, loss), group in rows.groupby(["data_name", "contender"], sort=False):
+        values = group[names].map(value_text).agg(", ".join, axis=1)
+        wide = (100 * group["map@r"]).groupby([group["split_seed"], group["seed"], values], sort=False).mean().unstack()
+        wide = wide.dropna(axis="columns")
+        if wide.shape[1] > 1:
+            first, *others = wide.mean().sort_values(ascending=False, kind="stable").index
+            behind = ", ".join(_behind(other, wide[first] - wide[other]) for other in others)
+            said.append(f"{data}, {title(loss)}, {' and '.join(names)}: {first} finds most, {wide[first].mean():.1f} "
+                        f"MAP@R; below it stay, in points, {behind}.")
+    return said
+
+# %% ../../nbs/study/conclusions.ipynb #68223434
+def lie_of_classes(
+    rows: pd.DataFrame,  # of a record of the geometry: loss, seed, classes, and measures
+    title: Callable[[str], str] = str,  # of a loss
+) -> pd.DataFrame:  # text: degrees, effective ranks, and MAP@R in percent
+    "Where classes and proxies are, as a table."
+    means = rows.drop(columns="seed").groupby(["loss", "classes"], sort=False).mean().reset_index()
+    text = means.map(lambda value: value if isinstance(value, str) else "" if value != value else f"{value:.1f}")
+    return text.assign(loss=text["loss"].map(title))
+
+# %% ../../nbs/study/conclusions.ipynb #f52653a6
+def _by_chance(count: int) -> float:
+    "What a rank correlation of unrelated numbers exceeds once in twenty, by Student's t."
+    from scipy import stats
+
+    t = stats.t.ppf(0.975, count - 2)
+    return t / (count - 2 + t**2) ** 0.5
+
+
+def goes_with(
+    rows: pd.DataFrame,  # of a record of the geometry
+) -> str:
+    "Which measures of the geometry go with MAP@R on new classes."
+    means = rows[rows["loss"] != STAGES["before"]].drop(columns="seed").groupby(["loss", "classes"]).mean().unstack()
+    found = means.pop(("MAP@R", "new"))
+    means = means.loc[:, means.notna().all() & (means.nunique() > 1)]
+    if len(found) < 5:
+        return f"With {len(found)} losses nothing is said of what goes with MAP@R on new classes; five are the fewest."
+    ranks = means.rank().corrwith(found.rank()).sort_values(key=abs, ascending=False)
+    limit = _by_chance(len(found))
+    named = [f"{measure}, {kind} ({value:+.2f})" for (measure, kind), value in ranks[ranks.abs() > limit].items()]
+    return (f"With MAP@R on new classes go, over {len(found)} losses: {', '.join(named) if named else 'none'}. (Rank "
+            f"correlation; of {len(ranks)} measures, each would be beyond {limit:.2f} by chance once in twenty.)")
