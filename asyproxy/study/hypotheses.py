@@ -69,6 +69,7 @@ def _of_settings(measured: dict[str, pd.DataFrame], swapped: dict[str, pd.DataFr
             own, swap = (values_of(rows[data], OURS, "map@r").droplevel("chosen_on") if data in rows else
                          pd.Series(dtype=float) for rows in (measured, swapped))
             yield hypothesis("H3", data, ("its own setting", _of(other)), own, swap, "map@r", -1)
+    for data, other in (both, both[::-1]):
         if "own" in measured:
             values = values_of(measured["own"], OURS, "map@r")
             first, second = (values[values.index.get_level_values("chosen_on") == one].droplevel("chosen_on")
