@@ -65,15 +65,21 @@ def _draw_sweep(ax: plt.Axes, runs: pd.DataFrame, x: str, y: str, style: dict):
     for value in runs.loc[runs[y].isna(), x]:
         ax.plot(value, 0.02, "x", color=style["color"], ms=5, transform=ax.get_xaxis_transform(), clip_on=False)
 
-
+# %% ../../nbs/figures/results.ipynb #2ba9d2cb
 def ticks(
     ax: plt.Axes,  # of the panel
     places: Iterable[float],  # on the horizontal axis
     values: Iterable[float],  # what stands there
     **text,  # arguments of matplotlib's text
 ):
-    "A tick for each value that was tried, and none between."
-    ax.set_xticks(list(places), [f"{value:g}" for value in values], minor=False, **text)
+    "A tick for each value that was tried, and none between; a label that would run into the one before is left out."
+    places, labels = list(places), [f"{value:g}" for value in values]
+    inches = ax.get_xaxis_transform().transform([(place, 0) for place in places])[:, 0] / ax.figure.dpi
+    letter, end = 0.26 * text.get("fontsize", 8) / 72, -np.inf  # half of its width in inches
+    for number, (middle, label) in enumerate(zip(inches, labels)):
+        half = letter * (1 if "rotation" in text else len(label))
+        labels[number], end = (label, middle + half) if middle - half > end else ("", end)
+    ax.set_xticks(places, labels, minor=False, **text)
     ax.minorticks_off()
 
 # %% ../../nbs/figures/results.ipynb #187611b3
