@@ -116,16 +116,15 @@ def sentences(
 def headline(
     measured: dict[str, pd.DataFrame],  # title of a set -> its rows of `tested`
     title: Callable[[str], str] = str,  # of a contender
-    rival: str = "moving",  # a contender
 ) -> str:  # Markdown; empty while there is nothing to compare
     "The result in a table and some sentences."
     measured = {name: rows for name, rows in measured.items() if len(complete(selected(rows))[0]) > 1}
     lines = [f"- *{name[0].upper()}{name[1:]}.* {' '.join(said)}" for name, rows in measured.items()
-             if (said := sentences(selected(rows), rival, title=title, in_full=False))]
+             if (said := sentences(selected(rows), "moving", title=title, in_full=False))]
     table = overview(measured, title).to_markdown(index=False, disable_numparse=True)
-    against = (f"The differences to {title(rival)} on the same splits and seeds, in points of MAP@R, tested at 95 % "
+    heading = (f"The differences to {title('moving')} on the same splits and seeds, in points of MAP@R, tested at 95 % "
                "and corrected for the number of losses:")
-    return "\n".join([table, "", against, "", *lines]) if measured else ""
+    return "\n".join([table, "", heading, "", *lines]) if measured else ""
 
 # %% ../../nbs/study/conclusions.ipynb #18bb30c5
 def effects(

@@ -38,9 +38,10 @@ def hypothesis(
     if first.empty or set(first.index) != set(second.index):
         return Outcome(claim, data, "is open", f"{head}: open, as not all runs have ended.")
     found = difference(first, second)
-    return Outcome(claim, data, verdict(found, bound), (
+    word = verdict(found, bound)
+    return Outcome(claim, data, word, (
         f"{head}: {names[1]} minus {names[0]} is {found.mean:+.1f} points of {METRICS[metric]} (95 %: {found.low:+.1f} "
-        f"to {found.high:+.1f}; {found.pairs} pairs), to lie above {bound:+g}: it {verdict(found, bound)}."))
+        f"to {found.high:+.1f}; {found.pairs} pairs), to lie above {bound:+g}: it {word}."))
 
 # %% ../../nbs/study/hypotheses.ipynb #7a2b60a3
 OURS = "row_wise" + WITH_MARGIN  # the contender that they are about
@@ -69,12 +70,12 @@ def _of_settings(measured: dict[str, pd.DataFrame], swapped: dict[str, pd.DataFr
             own, swap = (values_of(rows[data], OURS, "map@r").droplevel("chosen_on") if data in rows else
                          pd.Series(dtype=float) for rows in (measured, swapped))
             yield hypothesis("H3", data, ("its own setting", _of(other)), own, swap, "map@r", -1)
-    for data, other in (both, both[::-1]):
-        if "own" in measured:
-            values = values_of(measured["own"], OURS, "map@r")
-            first, second = (values[values.index.get_level_values("chosen_on") == one].droplevel("chosen_on")
-                             for one in (data, other))
-            yield hypothesis("H3", "own", (_of(data), _of(other)), first, second, "map@r", -1)
+    if "own" in measured:
+        values = values_of(measured["own"], OURS, "map@r")
+        apart = {data: values[values.index.get_level_values("chosen_on") == data].droplevel("chosen_on")
+                 for data in both}
+        for data, other in (both, both[::-1]):
+            yield hypothesis("H3", "own", (_of(data), _of(other)), apart[data], apart[other], "map@r", -1)
 
 # %% ../../nbs/study/hypotheses.ipynb #f63d7756
 def outcomes(
