@@ -55,6 +55,5 @@ def alarm_sentence(
 ) -> str:
     "How many were missed, and how many alarms were false."
     missed = counts["lost"] - counts["lost, flagged"]
-    lost = f"of {counts['lost']} lost runs {missed} were missed" if counts["lost"] else "no run was lost"
-    return (f"{counts['runs']}: {lost}, and of {counts['good']} good runs "
-            f"{counts['good, flagged']} were flagged.")
+    lost = f"{missed} of {counts['lost']} lost runs missed" if counts["lost"] else "no run was lost"
+    return f"{counts['runs']}: {lost}, a false alarm in {counts['good, flagged']} of {counts['good']} good runs."
