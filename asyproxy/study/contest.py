@@ -43,12 +43,13 @@ def finder_among(
 def progress(
     plan: Plan,  # of `read_plan`
     records: Iterable[dict],  # of `read_records`
-) -> str:  # such as "3 of 10 runs"
+) -> str:  # such as "3 of 10 runs", "all 10 runs"
     "How many runs of a plan have ended, each counted once."
     find, ended = finder_among(plan, records), {}
     while new := {job: record for job in due(plan, ended) if (record := find(job))}:
         ended |= new
-    return f"{len(ended)} of {in_all(plan, ended)} runs"
+    number = in_all(plan, ended)
+    return f"{len(ended)} of {number} runs" if len(ended) < number else f"all {number} runs"
 
 # %% ../../nbs/study/contest.ipynb #38c7ca99
 _OWN_MARGIN = ("moving", "gradient", "row_wise", "learnable")
