@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from .conclusions import METRICS, selected, values_of
-from .contest import SETS, WITH_MARGIN, Entry, by_set, tested
+from .contest import TITLES, WITH_MARGIN, Entry, by_set, tested
 from .pairs import difference, verdict
 
 # %% ../../nbs/study/hypotheses.ipynb #8811c100
@@ -34,7 +34,7 @@ def hypothesis(
     bound: float,  # in points, that the difference is to lie above
 ) -> Outcome:
     "Whether one side is better than the other by more than the bound."
-    head = f"{claim}, {SETS[data][0].lower()}"
+    head = f"{claim}, {TITLES[data].lower()}"
     if first.empty or set(first.index) != set(second.index):
         return Outcome(claim, data, "is open", f"{head}: open, as not all runs have ended.")
     found = difference(first, second)
@@ -59,7 +59,7 @@ def _of_rivals(measured: dict[str, pd.DataFrame], title: Callable[[str], str]) -
 
 # %% ../../nbs/study/hypotheses.ipynb #9a40e6f0
 def _of(data: str) -> str:
-    return f"the setting of {SETS[data][0].lower()}"
+    return f"the setting of {TITLES[data].lower()}"
 
 
 def _of_settings(measured: dict[str, pd.DataFrame], swapped: dict[str, pd.DataFrame]) -> Iterator[Outcome]:
@@ -96,7 +96,7 @@ def in_short(
     lines = []
     for claim, text in CLAIMS.items():
         sets: dict[str, list[str]] = {}
-        for data, (name, _) in SETS.items():
+        for data, name in TITLES.items():
             of_set = {one.verdict for one in said if (one.claim, one.data) == (claim, data)}
             if of_set:
                 sets.setdefault(min(of_set, key=["falls", "is open", "holds"].index), []).append(name.lower())
