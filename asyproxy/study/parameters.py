@@ -131,7 +131,7 @@ class TrainingSpeed(Checked):
     backbone_type: str = same(Experiment, "backbone_type")
     image_size: int = parameter(64, "side of an image in pixels", within="[8, inf)", small=16)
     batch_size: int = same(Experiment, "batch_size", small=4)
-    data_name: str = parameter("digits", "on which the precisions are compared", choices=("digits", "glyphs"))
+    compared_on: str = parameter("digits", "data set that precisions are compared on", choices=("digits", "glyphs"))
     seeds: int = parameter(1, "runs of each precision, with the seeds 0, 1, ...", within="[1, inf)")
     device: str = same(Experiment, "device")
 

@@ -114,7 +114,7 @@ def images_of(
     values: dict,  # parameter -> value
 ):  # ImageData; None for a study that names none
     "The images that a run is about. Raises what `load_data` raises."
-    if not {"data_name", "data_path"} <= known.keys():
+    if "data_name" not in known:
         return None
     from asyproxy.data import load_data
     from asyproxy.experiment import Images, parameters
@@ -286,8 +286,9 @@ def _to_draw(known: dict[str, Parameter], values: dict) -> dict | None:
 # %% ../../nbs/study/record.ipynb #006f94c2
 def _circumstances(data, seconds: float) -> dict:
     "What a record says beside parameters and results; data: the images, None where there are none."
-    view = {"view": {"image_size": data.image_size, "test_resize": data.test_resize}} if data else {}
-    return {**view, "environment": environment(), "seconds": round(seconds, 1), "peak_memory_mb": peak_memory_mb()}
+    images = {"data": {"name": data.name, **data.fingerprint(), **data.about},
+              "view": {"image_size": data.image_size, "test_resize": data.test_resize}} if data else {}
+    return {**images, "environment": environment(), "seconds": round(seconds, 1), "peak_memory_mb": peak_memory_mb()}
 
 # %% ../../nbs/study/record.ipynb #432b9f86
 _CIRCUMSTANCES = ("environment", "seconds", "peak_memory_mb", "sha256")
@@ -340,7 +341,7 @@ class Run:
 
     def finish(
         self,
-        **results,  # JSON values: metrics, history, data, ...
+        **results,  # JSON values: metrics, history, ...
     ) -> Path:  # of the record
         "Writes the record, in one step. Raises ValueError where a result cannot be kept as JSON."
         if self.results:

@@ -339,20 +339,19 @@ def run_experiment(
     folder: str | Path,  # for checkpoints, models and the database
     data: ImageData | None = None,  # its images, if they are loaded already
     history: list[dict] | None = None,  # of a run that is trained, whose models are in the folder; None: it trains
-) -> dict:  # metrics (of `test_experiment`), history, select, collapse (signs at the end), data (name, fingerprint)
+) -> dict:  # metrics (of `test_experiment`), history, select, collapse (signs at the end)
     "Trains, chooses the epoch on held-out training classes, and tests once. Raises as check_ and train_experiment do."
     data = load_images(experiment) if data is None else data
     check_experiment(experiment, data)
     history = history or train_experiment(experiment, folder, data)
     metrics = test_experiment(experiment, folder, data, history) if experiment.with_test else {}
-    return {"metrics": metrics, "history": history, "select": SELECT, "collapse": history[-1]["collapse"],
-            "data": {"name": data.name, **data.fingerprint(), **data.about}}
+    return {"metrics": metrics, "history": history, "select": SELECT, "collapse": history[-1]["collapse"]}
 
 # %% ../../nbs/training/protocol.ipynb #7d27c562
 def test_model(
     evaluation,  # a dataclass with the parameters of the study `evaluate`
     data: ImageData,  # its images
-) -> dict:  # metrics (before or trained: epoch, dense, binary), trained_on (classes that test), data
+) -> dict:  # metrics (before or trained: epoch, dense, binary), trained_on (classes that test)
     "Tests a model, or a backbone. Raises ValueError or FileNotFoundError where a metric or the file can't be had."
     path, recalls, tested = evaluation.model_path, numbers(evaluation.recalls), test_sets(data)
     _check_tests(data, recalls)
@@ -363,8 +362,7 @@ def test_model(
     found = evaluate(model, *tested, recalls=recalls, features=not path, num_workers=evaluation.num_workers)
     names = set(data.table["class_name"][data.table["split"] != "train"].astype(str))
     return {"metrics": {"trained": found} if path else {"before": {"epoch": 0, **found}},
-            "trained_on": sorted(names & set(model.class_names)),
-            "data": {"name": data.name, **data.fingerprint(), **data.about}}
+            "trained_on": sorted(names & set(model.class_names))}
 
 # %% ../../nbs/training/protocol.ipynb #4c95dc95
 if __name__ == "__main__" and globals().get("__spec__"):  # by python -m, and not in the notebook
