@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'selected', 'complete', 'standings', 'overview', 'values_of', 'against', 'sentences', 'headline', 'effects',
-           'leanings', 'lie_of_classes', 'goes_with']
+           'leanings', 'lie_of_classes', 'goes_with', 'cost_of_step']
 
 # %% ../../nbs/study/conclusions.ipynb #0dc04bf8
 from collections.abc import Callable
@@ -198,3 +198,19 @@ def goes_with(
     named = [f"{measure}, {kind} ({value:+.2f})" for (measure, kind), value in ranks[ranks.abs() > limit].items()]
     return (f"With MAP@R on new classes go, over {len(found)} losses: {', '.join(named) if named else 'none'}. (Rank "
             f"correlation; of {len(ranks)} measures, each would be beyond {limit:.2f} by chance once in twenty.)")
+
+# %% ../../nbs/study/conclusions.ipynb #bbfb12b3
+def cost_of_step(
+    costs: list[dict],  # of a record of the training speed: proxies, n (classes), round, step_seconds, memory_mb
+) -> str:
+    "Time and memory of a step at the largest number of classes, beside moving proxies."
+    rows = pd.DataFrame(costs)
+    rows = rows[rows["n"] == rows["n"].max()]
+    times = rows.pivot(index="round", columns="proxies", values="step_seconds")
+    seconds, ratios = times["moving"].median(), times.div(times["moving"], axis=0).median()
+    memory = rows.groupby("proxies")["memory_mb"].median() / 1000
+    others = [f"{ratios[name]:.1f} times as long and {memory[name]:.1f} GB with {kind}" + f" ({how})" * bool(how)
+              for name in ratios.drop("moving").sort_values(kind="stable").index
+              for kind, _, how in [name.partition(", ")]]
+    moving = f"{seconds:.2g} s and {memory['moving']:.1f} GB with moving proxies"
+    return f"at {rows['n'].iloc[0]:,} classes takes {', '.join([moving, *others])}."
