@@ -36,19 +36,17 @@ def collapse_grid(
     for lr, style in looks.items():
         _draw_rate(ax, runs[runs["lr"] == lr], style)
     ax.axhline(100 * before, color="black", lw=0.8)
-    place = {"xy": (0.98, 100 * before), "xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
-    ax.annotate("before training", fontsize=7, **place)
     ax.set(xlabel="momentum", ylabel="Recall@1 after training (%)")
     ax.set_xscale("log" if runs["momentum"].min() > 0 else "linear")  # 0 has no place on a logarithmic axis
     ax.set_xticks(sorted(runs["momentum"].unique()), [f"{value:g}" for value in sorted(runs["momentum"].unique())])
     ax.minorticks_off()
     handles = [Line2D([], [], ms=4, **style) for style in looks.values()]
-    handles.append(Line2D([], [], ls="", marker="x", color="black", ms=7))
-    labels = [*(f"lr {lr:g}" for lr in looks), "signs of a collapse"]
+    handles += [Line2D([], [], color="black", lw=0.8), Line2D([], [], ls="", marker="x", color="black", ms=7)]
+    labels = [*(f"lr {lr:g}" for lr in looks), "before training", "signs of a collapse"]
     if runs["recall"].isna().any():
         handles.append(Line2D([], [], ls="", marker="X", color="0.5", ms=7, mec="white", mew=0.5))
         labels.append("diverged, no recall")
-    place_legend(ax, handles, labels, fontsize=7)
+    place_legend(figure, handles, labels, loc="outside upper center", ncols=3, fontsize=7)
     return figure
 
 # %% ../../nbs/figures/collapse.ipynb #06ef79f4

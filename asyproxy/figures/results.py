@@ -88,11 +88,6 @@ def _line_looks(runs: pd.DataFrame) -> dict:  # loss -> (label, style)
     return {loss: (clipped(loss_name(loss)), look(loss_number(loss))) for loss in in_order(runs["loss"])}
 
 
-def _sweep_legend(ax: plt.Axes, looks: dict):
-    "The lines of a sweep, explained once."
-    handles = [Line2D([], [], ms=5, **style) for _, style in looks.values()]
-    place_legend(ax, handles, [label for label, _ in looks.values()], fontsize=7)
-
 # %% ../../nbs/figures/results.ipynb #c7ea46e8
 def _as_drawn(runs: pd.DataFrame, column: str, label: str, span: tuple) -> tuple[pd.DataFrame, str, tuple]:
     "The runs, the label and the span of a measure, in percent where it is a share."
@@ -118,7 +113,9 @@ def sweep(
             _draw_sweep(ax, drawn[drawn["loss"] == loss], x, column, {**style, "within": span})
         ax.set(xlabel=x, ylabel=label, xscale="log" if log else "linear")
         ticks(ax, tried, tried)
-    _sweep_legend(axes[0, 0], looks)
+    labels, styles = zip(*looks.values())
+    handles = [Line2D([], [], ms=5, **style) for style in styles]
+    place_legend(figure, handles, list(labels), loc="outside upper center", ncols=2 * len(ys), fontsize=7)
     return figure
 
 # %% ../../nbs/figures/results.ipynb #05c4c6be
