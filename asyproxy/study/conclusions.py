@@ -203,9 +203,9 @@ def goes_with(
 def cost_of_step(
     costs: list[dict],  # of a record of the training speed: proxies, n (classes), round, step_seconds, memory_mb
 ) -> str:
-    "Time and memory of a step at the largest number of classes, beside moving proxies."
+    "Time and memory of a step at the largest number of classes that moving proxies were measured with, beside theirs."
     rows = pd.DataFrame(costs)
-    rows = rows[rows["n"] == rows["n"].max()]
+    rows = rows[rows["n"] == rows.loc[rows["proxies"] == "moving", "n"].max()]
     times = rows.pivot(index="round", columns="proxies", values="step_seconds")
     seconds, ratios = times["moving"].median(), times.div(times["moving"], axis=0).median()
     memory = rows.groupby("proxies")["memory_mb"].median() / 1000
