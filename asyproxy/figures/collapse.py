@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
 
-from .results import curve
+from .results import curve, ticks
 from .style import clipped, look, place_legend
 
 # %% ../../nbs/figures/collapse.ipynb #79050eed
@@ -38,8 +38,8 @@ def collapse_grid(
     ax.axhline(100 * before, color="black", lw=0.8)
     ax.set(xlabel="momentum", ylabel="Recall@1 after training (%)")
     ax.set_xscale("log" if runs["momentum"].min() > 0 else "linear")  # 0 has no place on a logarithmic axis
-    ax.set_xticks(sorted(runs["momentum"].unique()), [f"{value:g}" for value in sorted(runs["momentum"].unique())])
-    ax.minorticks_off()
+    tried = sorted(runs["momentum"].unique())
+    ticks(ax, tried, tried)
     handles = [Line2D([], [], ms=4, **style) for style in looks.values()]
     handles += [Line2D([], [], color="black", lw=0.8), Line2D([], [], ls="", marker="x", color="black", ms=7)]
     labels = [*(f"lr {lr:g}" for lr in looks), "before training", "signs of a collapse"]

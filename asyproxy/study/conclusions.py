@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'selected', 'complete', 'standings', 'overview', 'values_of', 'against', 'sentences', 'headline', 'effects',
-           'leanings', 'lie_of_classes', 'goes_with', 'cost_of_step']
+           'leanings', 'lie_of_classes', 'goes_with', 'step_costs', 'cost_of_step']
 
 # %% ../../nbs/study/conclusions.ipynb #0dc04bf8
 from collections.abc import Callable
@@ -200,17 +200,25 @@ def goes_with(
             f"correlation; of {len(ranks)} measures, each would be beyond {limit:.2f} by chance once in twenty.)")
 
 # %% ../../nbs/study/conclusions.ipynb #bbfb12b3
+def step_costs(
+    costs: pd.DataFrame,  # one row a measurement: proxies, n (classes), round, proxy_seconds, step_seconds, memory_mb
+) -> pd.DataFrame:  # n, proxies, and medians over the rounds; proxy_ratio and step_ratio: to moving proxies
+    "What each kind of proxies takes at each number of classes."
+    moving = costs[costs["proxies"] == "moving"].drop(columns="proxies")
+    beside = costs.merge(moving, "left", on=["n", "round"], suffixes=("", "_of_moving"))
+    for step in ("proxy", "step"):
+        beside[f"{step}_ratio"] = beside[f"{step}_seconds"] / beside[f"{step}_seconds_of_moving"]
+    return beside.groupby(["n", "proxies"], as_index=False, sort=False).median(numeric_only=True)
+
+
 def cost_of_step(
     costs: list[dict],  # of a record of the training speed: proxies, n (classes), round, step_seconds, memory_mb
 ) -> str:
     "Time and memory of a step at the largest number of classes that moving proxies were measured with, beside theirs."
-    rows = pd.DataFrame(costs)
-    rows = rows[rows["n"] == rows.loc[rows["proxies"] == "moving", "n"].max()]
-    times = rows.pivot(index="round", columns="proxies", values="step_seconds")
-    seconds, ratios = times["moving"].median(), times.div(times["moving"], axis=0).median()
-    memory = rows.groupby("proxies")["memory_mb"].median() / 1000
-    others = [f"{ratios[name]:.1f} times as long and {memory[name]:.1f} GB with {kind}" + f" ({how})" * bool(how)
-              for name in ratios.drop("moving").sort_values(kind="stable").index
-              for kind, _, how in [name.partition(", ")]]
-    moving = f"{seconds:.2g} s and {memory['moving']:.1f} GB with moving proxies"
-    return f"at {rows['n'].iloc[0]:,} classes takes {', '.join([moving, *others])}."
+    rows = step_costs(pd.DataFrame(costs)).set_index("proxies")
+    rows = rows[rows["n"] == rows.loc[["moving"], "n"].max()].sort_values("step_ratio", kind="stable")
+    moving, memory = rows.loc["moving"], rows["memory_mb"] / 1000
+    others = [f"{ratio:.1f} times as long and {memory[name]:.1f} GB with {kind}" + f" ({how})" * bool(how)
+              for name, ratio in rows["step_ratio"].drop("moving").items() for kind, _, how in [name.partition(", ")]]
+    first = f"{moving['step_seconds']:.2g} s and {memory['moving']:.1f} GB with moving proxies"
+    return f"at {int(moving['n']):,} classes takes {', '.join([first, *others])}."
